@@ -92,7 +92,7 @@ class Classifier:
             if isinstance(value, Tensor):
                 digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
                 flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-                digest.update(memoryview(flat.numpy()))
+                digest.update(flat.numpy().tobytes())
         settings = {"preprocessing": self.preprocessing.to_json(), "taps": self.taps}
         digest.update(json.dumps(settings, sort_keys=True).encode())
         return digest.hexdigest()

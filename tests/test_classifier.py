@@ -78,12 +78,12 @@ def test_gradients_reach_the_input_and_no_parameter(model: Net) -> None:
 @pytest.mark.parametrize("method", ["logits", "features", "probabilities"])
 @pytest.mark.parametrize("fail", [False, True])
 def test_the_model_is_as_it_was_afterwards(model: Net, method: str, fail: bool) -> None:
-    classifier = Classifier(model, size=16)
     model.stage1.eval()
     model.conv1.weight.requires_grad_(False)
     modes = [module.training for module in model.modules()]
     grads = [parameter.requires_grad for parameter in model.parameters()]
     state = {name: value.clone() for name, value in model.state_dict().items()}
+    classifier = Classifier(model, size=16)
     model.fail = fail
     if fail:
         with pytest.raises(ValueError, match="on purpose"):

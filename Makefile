@@ -1,0 +1,54 @@
+# `make demo` and `make test` make .venv by themselves; they assume Python >= 3.10 and pip, nothing else.
+
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python3.10 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && { echo $$p; break; }; done)
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INPUTS := pyproject.toml constraints.txt $(wildcard setup.py CMakeLists.txt csrc/*)
+OUT ?= out/demo
+
+.PHONY: demo test check venv clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo    built-in scenes, end to end: classifier, masker, explanations, report (in $(OUT))"
+	@echo "make test    the test suite"
+	@echo "make check   ruff, formatting and types"
+	@echo "make venv    the virtual environment alone"
+
+demo: $(VENV)/stamp
+	$(BIN)/minexp demo --out $(OUT)
+
+test: $(VENV)/stamp
+	$(BIN)/python -m pytest -q
+
+check: $(VENV)/stamp
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+venv: $(VENV)/stamp
+
+# The environment without the package: made again only when a pinned version changes.
+$(VENV)/base: constraints.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.10 or newer is needed and none is on the PATH" >&2; exit 2; }
+	@# Some systems ship Python without venv's own copy of pip; the system's pip then installs one.
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { \
+		$(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install pip; }
+	$(PIP) install -q -c constraints.txt torch numpy setuptools ninja
+	$(PIP) install -q -c constraints.txt --no-deps torchvision
+	@touch $@
+
+# --no-build-isolation: the extension is compiled against the torch installed here. Where that fails, the package
+# is installed without it, and its operators run on plain PyTorch.
+$(VENV)/stamp: $(VENV)/base $(INPUTS)
+	@command -v $${CXX:-c++} >/dev/null || \
+		echo "minexp: no C++ compiler found; the operators will run on plain PyTorch (slower, same results)"
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[dev]' || { \
+		echo "minexp: the C++ extension did not build; the operators will run on plain PyTorch"; \
+		MINEXP_NO_EXTENSION=1 $(PIP) install -q -c constraints.txt --no-build-isolation -e '.[dev]'; }
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info minexp/*.so
