@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 
 from .data.preprocessing import Preprocessing
 from .errors import RequestError
+from .specs import Built, build, one_line
 from .taps import Tap, find_taps, first_tensor, recording, trace
+from .weights import load_weights
 
 
 class Classifier:
@@ -52,7 +55,7 @@ class Classifier:
             except Exception as error:
                 raise RequestError(
                     f"{type(model).__name__} fails on an input of [1,{channels},{height},{width}] "
-                    f"({_one_line(error)}); give the size and channels it was made for"
+                    f"({one_line(error)}); give the size and channels it was made for"
                 ) from error
         self.num_classes: int = _scores(output, model, 1).shape[1]
         if class_names is not None and len(class_names) != self.num_classes:
@@ -178,6 +181,57 @@ class Classifier:
         )
 
 
+def load_classifier(
+    spec: str,
+    *,
+    weights: str | Path | None = None,
+    num_classes: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    size: int | tuple[int, int] | None = None,
+    class_names: Sequence[str] | None = None,
+    taps: Sequence[str] | None = None,
+    device: torch.device | str = "cpu",
+    trust_model: bool = False,
+) -> Classifier:
+    """The classifier that SPEC names.
+
+    spec: `torchvision:NAME`, `timm:NAME`, `hf:PATH_OR_ID`, `package.module:factory` or `file.py:factory`.
+    weights: a .safetensors file, or a .pth file that needs no pickle; without it, torchvision, timm and Hugging
+    Face models come with their own weights (downloaded on first use). Preprocessing and labels are the source's
+    own where it has them; `mean`, `std`, `size` and `class_names` override them. A factory is called with no
+    argument, or with `num_classes`, and returns a module or a Classifier.
+    Raises RequestError, one line with the way out, for whatever cannot be loaded.
+    """
+    built = build(spec, num_classes=num_classes, pretrained=weights is None, trust_model=trust_model)
+    if isinstance(built, Classifier):
+        taps = built.taps if taps is None else taps
+        built = Built(built.model, built.preprocessing, built.class_names)
+    elif isinstance(built, nn.Module):
+        built = Built(built)
+    elif not isinstance(built, Built):
+        raise RequestError(
+            f"{spec} returned {type(built).__name__}; a factory returns a torch.nn.Module or a Classifier"
+        )
+    if weights is not None:
+        load_weights(built.model, Path(weights))
+    try:
+        built.model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise RequestError(
+            f"device '{device}' is not usable ({one_line(error)}); give --device cpu"
+        ) from error
+    return Classifier(
+        built.model,
+        preprocessing=built.preprocessing,
+        mean=mean,
+        std=std,
+        size=size,
+        class_names=built.class_names if class_names is None else class_names,
+        taps=taps,
+    )
+
+
 def _preprocessing(
     model: nn.Module,
     given: Preprocessing | None,
@@ -221,8 +275,3 @@ def _scores(output: Any, model: nn.Module, batch: int) -> Tensor:
             f"{type(model).__name__} returned {shape} for {batch} image(s); a classifier gives [B,K] scores, K ≥ 2"
         )
     return scores
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 160 else text[:157] + "..."

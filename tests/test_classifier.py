@@ -1,7 +1,5 @@
 """Classifier: what it computes, and that the user's model is untouched afterwards."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -32,9 +30,9 @@ class Net(nn.Module):
 
 
 @pytest.fixture
-def model() -> Iterator[Net]:
+def model() -> Net:
     torch.manual_seed(0)
-    yield Net().train()
+    return Net().train()
 
 
 def hooks(model: nn.Module) -> int:
