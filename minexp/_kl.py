@@ -3,7 +3,8 @@
 Schema, plain PyTorch reference, fake and autograd; csrc/kl.* adds faster bodies of the same meaning.
 A row is one softmax. With a shared reference m >= max(a, b), S = sum e^(a-m), Delta = sum (e^(b-m) - e^(a-m))
 and D = sum e^(a-m) (b-a), KL = log1p(Delta/S) - D/S keeps its digits where a is close to b, which is where
-matching ends up. A cached target is p = softmax(a) with H = sum p log p and M = sum p of the *rounded* p, and
+matching ends up; elsewhere each side has a reference of its own and log1p becomes the plain log of the ratio.
+A cached target is p = softmax(a) with H = sum p log p and M = sum p of the *rounded* p, and then
 KL = H - sum p b + M lse(b) - M + 1, whose first-order rounding error vanishes.
 """
 
@@ -19,7 +20,7 @@ from .errors import RequestError
 
 AXES = ("all", "spatial", "channel")
 MAX_LAYERS = 512  # the layer table travels as one CUDA kernel parameter
-_FAR = 60.0  # beyond this gap of the maxima one shared reference would underflow
+_FAR = 16.0  # where the maxima lie further apart, one shared reference would cost digits, then underflow
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 _library = torch.library.Library("minexp", "FRAGMENT")
@@ -51,7 +52,9 @@ def _row_count(x: Tensor, axis: str) -> int:
 def _rows(x: Tensor, axis: str, temperature: float) -> Tensor:
     """[B, C, ...] as logits [B, rows, elements of a row]."""
     x = x.to(_accumulator(x.dtype)) * (1 / temperature)
-    x = x.flatten(1).unsqueeze(1) if axis == "all" else x.reshape(*x.shape[:2], -1)
+    if axis == "all":
+        return x.flatten(1).unsqueeze(1)
+    x = x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)
     return x.transpose(1, 2) if axis == "channel" else x
 
 
@@ -63,9 +66,11 @@ def _row_losses(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     top_a, top_b = torch.where(near, top, top_a), torch.where(near, top, top_b)
     exp_a, exp_b = (a - top_a).exp(), (b - top_b).exp()
     sum_a, sum_b = exp_a.sum(-1, keepdim=True), exp_b.sum(-1, keepdim=True)
-    shared = torch.log1p((exp_b - exp_a).sum(-1, keepdim=True) / sum_a)
-    apart = top_b - top_a + (sum_b / sum_a).log()
-    loss = torch.where(near, shared, apart) - (exp_a * (b - a)).sum(-1, keepdim=True) / sum_a
+    growth = (exp_b - exp_a).sum(-1, keepdim=True) / sum_a
+    log_ratio = torch.where(
+        near & (growth.abs() < 0.5), torch.log1p(growth), top_b - top_a + (sum_b / sum_a).log()
+    )
+    loss = log_ratio - (exp_a * (b - a)).sum(-1, keepdim=True) / sum_a
     return loss.squeeze(-1), torch.cat((top_a, sum_a, top_b, sum_b), -1)
 
 
@@ -222,11 +227,15 @@ class KLTarget:
         entropies = []
         with torch.no_grad():
             for target in map(_dense, targets):
-                rows = _rows(target, axis, temperature).softmax(-1)
+                logits = _rows(target, axis, temperature)
+                rows = logits.softmax(-1)
                 shaped = (rows.transpose(1, 2) if axis == "channel" else rows).reshape(target.shape)
                 self.probabilities.append(torch.empty_like(target, dtype=rows.dtype).copy_(shaped))
                 p = rows.to(_precise(rows))
-                entropies.append(torch.stack((torch.xlogy(p, p).sum(-1), p.sum(-1)), -1))
+                known = logits.isfinite().all(-1)
+                entropies.append(
+                    torch.stack((torch.xlogy(p, p).sum(-1).where(known, torch.nan), p.sum(-1)), -1)
+                )
             self.entropy = torch.cat(entropies, 1)
 
     def select(self, index: Tensor | slice) -> "KLTarget":
