@@ -6,7 +6,7 @@ index. NaN ranks above everything, so that it is seen. With groups, target o rea
 group, strength is [O, I/groups] as in a convolution's weight, and sources are numbered over all of I.
 """
 
-from math import isfinite
+from math import inf
 from typing import Any
 
 import torch
@@ -213,7 +213,7 @@ def edge_threshold(
     Arguments as for `edge_topk`; the gradient is part of the score here. Sources ascend within a row.
     """
     tensors, masks = _checked("edge_threshold", strength, energy, gradient, source_mask, target_mask, groups)
-    if not (isinstance(threshold, int | float) and isfinite(threshold) and threshold >= 0):
+    if not (isinstance(threshold, int | float) and 0 <= threshold < inf):
         raise RequestError(f"edge_threshold: threshold is {threshold!r}, expected a finite number >= 0")
     return torch.ops.minexp.edge_threshold(*tensors, float(threshold), *masks)
 

@@ -10,7 +10,7 @@ KL = H - sum p b + M lse(b) - M + 1, whose first-order rounding error vanishes.
 
 from collections.abc import Sequence
 from itertools import pairwise
-from math import isfinite
+from math import inf
 from typing import Any
 
 import torch
@@ -298,7 +298,7 @@ def activation_kl(
             f"activation_kl: weights has {len(weights)} entries, expected {len(inputs)}, one a layer"
         )
     weights = [float(weight) for weight in weights]
-    if not all(map(isfinite, weights)):
+    if not all(-inf < weight < inf for weight in weights):
         raise RequestError(f"activation_kl: weights is {weights}, expected finite numbers")
     inputs = [_dense(x) for x in inputs]
     pairs = [_alike(target.detach(), x) for target, x in zip(first, inputs, strict=True)]
@@ -326,7 +326,7 @@ def _alike(target: Tensor, x: Tensor) -> Tensor:
 
 
 def _check_options(temperature: float, axis: str) -> None:
-    if not (isinstance(temperature, int | float) and isfinite(temperature) and temperature > 0):
+    if not (isinstance(temperature, int | float) and 0 < temperature < inf):
         raise RequestError(
             f"activation_kl: temperature is {temperature!r}, expected a positive finite number"
         )
