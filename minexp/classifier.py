@@ -17,7 +17,7 @@ from .data.preprocessing import Preprocessing
 from .errors import RequestError
 from .specs import Built, build, one_line
 from .taps import Tap, find_taps, first_tensor, recording, trace
-from .weights import load_weights
+from .weights import load_weights, state_digest
 
 
 class Classifier:
@@ -90,15 +90,9 @@ class Classifier:
     @property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the weights, the preprocessing and the taps; computed anew, so that it never lags."""
-        digest = hashlib.sha256()
-        for name, value in sorted(self.model.state_dict().items()):
-            if isinstance(value, Tensor):
-                digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
-                flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-                digest.update(flat.numpy().tobytes())
         settings = {"preprocessing": self.preprocessing.to_json(), "taps": self.taps}
-        digest.update(json.dumps(settings, sort_keys=True).encode())
-        return digest.hexdigest()
+        text = state_digest(self.model.state_dict()) + json.dumps(settings, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     @contextmanager
     def frozen(self) -> Iterator[nn.Module]:

@@ -1,7 +1,8 @@
-"""Weights files into models, without running anything that a file may carry."""
+"""Weights: from files into models, without running anything that a file may carry, and their digest."""
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -88,6 +89,16 @@ def load_weights(model: nn.Module, path: Path) -> None:
                 f"{path} does not fit {type(model).__name__}: {name} is {there} there and {here} in the model{hint}"
             )
     model.load_state_dict(tensors, strict=False)
+
+
+def state_digest(state: Mapping[str, Any]) -> str:
+    """SHA-256 (hex) of the tensors of a state dict."""
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        if isinstance(value, Tensor):
+            digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _some(names: list[str]) -> str:
