@@ -1,0 +1,217 @@
+"""A dataset through explain() on one machine: one row for every input, resumable, whatever the inputs are."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .. import __version__
+from ..classifier import Classifier
+from ..data.sources import ImageSource, Item
+from ..data.store import StoreWriter, read_store
+from ..errors import MinexpError, RequestError
+from ..weights import state_digest
+
+if TYPE_CHECKING:
+    from ..certify import Predicate
+    from ..masker import Masker
+
+Row = dict[str, Any]
+ROWS_PER_SHARD = 256  # what a killed job may have to do again
+
+
+def explain_dataset(
+    classifier: Classifier,
+    source: ImageSource,
+    masker: Masker | None,
+    out: str | Path,
+    *,
+    predicate: Predicate | None = None,
+    effort: Literal["fast", "refined"] = "fast",
+    background: str = "mean",
+    seed: int = 0,
+    batch: int = 32,
+    resume: bool = True,
+    progress: bool = True,
+    explain: Callable[..., Any] | None = None,
+) -> dict[str, Any]:
+    """Explain every image of `source` and store one row for each in the directory `out`, in the source's order.
+
+    An input that cannot be decoded, or whose explanation throws, becomes a row with its error. A job that was
+    stopped goes on behind its last stored row; `resume=False` starts over. The batch size changes no answer.
+    explain: what to call instead of `minexp.explain`, with its signature.
+    Returns the summary of all rows in `out` (shares of 1; None where nothing was explained). RequestError when
+    `out` holds another job.
+    """
+    if explain is None:
+        from .. import explanation
+
+        explain = explanation.explain
+    if predicate is None:
+        from ..certify import Predicate
+
+        predicate = Predicate()
+    run = _describe(classifier, source, masker, predicate, effort, background, seed)
+    truths = _truths(source, classifier)
+    started = time.perf_counter()
+
+    def call(x: Tensor, ids: Sequence[str]) -> list[Row]:
+        settings = {"predicate": predicate, "effort": effort, "background": background, "seed": seed}
+        return list(explain(classifier, x, masker, ids=list(ids), **settings).rows())
+
+    with StoreWriter(out, run=run, rows_per_shard=ROWS_PER_SHARD, resume=resume) as store:
+        resumed = store.rows_done
+        total = len(source)
+        bar = tqdm(total=total, initial=resumed, unit="image", disable=None if progress else True)
+        written = certified = 0
+        with bar:
+            for items in _batches(source.range(resumed, total), batch):
+                rows = explain_items(classifier, items, call)
+                for item, row in zip(items, rows, strict=True):
+                    row |= {"id": item.id, "uri": item.uri, "truth": truths(item.label)}
+                store.write(rows)
+                written += len(rows)
+                certified += sum(row["status"] == "certified" for row in rows)
+                bar.update(len(rows))
+                bar.set_postfix(certified=f"{certified / written:.1%}", refresh=False)
+    seconds = time.perf_counter() - started
+    return {
+        **summarise(out),
+        "resumed": resumed,
+        "seconds": round(seconds, 3),
+        "images_per_second": round(written / seconds, 3),
+        "provider": run["provider"],
+        "precision": run["precision"],
+        "out": str(out),
+    }
+
+
+def explain_items(
+    classifier: Classifier, items: Sequence[Item], call: Callable[[Tensor, Sequence[str]], list[Row]]
+) -> list[Row]:
+    """One row for each item, in order; `call` explains [B, C, H, W] in pixel space.
+
+    When it throws for a batch, the images are tried one by one, so that only the culprit's row carries the error.
+    """
+    rows: list[Row | None] = [None] * len(items)
+    places, pixels = [], []
+    for place, item in enumerate(items):
+        try:
+            if item.image is None:
+                raise MinexpError(item.error or "could not be decoded")
+            pixels.append(classifier.preprocessing.pixels(item.image))
+            places.append(place)
+        except Exception as error:
+            rows[place] = _error_row(error)
+    if places:
+        x = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float().div_(255).to(classifier.device)
+        for place, row in zip(places, _each(call, x, [items[place].id for place in places]), strict=True):
+            rows[place] = row
+    return [row for row in rows if row is not None]
+
+
+def _each(call: Callable[[Tensor, Sequence[str]], list[Row]], x: Tensor, ids: Sequence[str]) -> list[Row]:
+    try:
+        return call(x, ids)
+    except RequestError:
+        raise  # no single image is at fault
+    except Exception as error:
+        if len(ids) == 1:
+            return [_error_row(error)]
+    return [_each(call, x[index : index + 1], [one])[0] for index, one in enumerate(ids)]
+
+
+def summarise(out: str | Path) -> dict[str, Any]:
+    """Counts and means over all rows stored in `out`; a mean is None when no row has the figure."""
+    means = {
+        "mean_area": "area",
+        "kept": "kept",
+        "robust_train": "robust_train",
+        "robust_heldout": "robust_heldout",
+        "evaluations_per_image": "evaluations",
+    }
+    table = read_store(out, columns=["status", *means.values()])
+    counts = {status: pc.sum(pc.equal(table["status"], status)).as_py() or 0 for status in _STATUS_KEYS}
+    summary: dict[str, Any] = {"rows": table.num_rows}
+    summary |= {key: counts[status] for status, key in _STATUS_KEYS.items()}
+    for key, column in means.items():
+        mean = pc.mean(table[column]).as_py()
+        summary[key] = None if mean is None else round(mean, 6)
+    return summary
+
+
+_STATUS_KEYS = {"certified": "certified", "uncertified": "failed", "error": "errors"}
+
+
+def _describe(
+    classifier: Classifier,
+    source: ImageSource,
+    masker: Masker | None,
+    predicate: Predicate,
+    effort: str,
+    background: str,
+    seed: int,
+) -> dict[str, Any]:
+    """What identifies the job, and what a reader of the store wants to know about it."""
+    identity = {
+        "classifier": classifier.fingerprint,
+        "masker": None if masker is None else state_digest(masker.state_dict()),
+        "source": source.fingerprint(),
+        "predicate": repr(predicate),
+        "effort": effort,
+        "background": background,
+        "seed": seed,
+    }
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    return {
+        "fingerprint": digest,
+        **identity,
+        "predicate": str(predicate),
+        "source_name": source.name,
+        "model": type(classifier.model).__name__,
+        "preprocessing": classifier.preprocessing.to_json(),
+        "class_names": list(classifier.class_names),
+        "provider": f"torch-{classifier.device.type}",
+        "precision": str(next(classifier.model.parameters(), torch.zeros(0)).dtype).removeprefix("torch."),
+        "versions": {"minexp": __version__, "torch": torch.__version__},
+    }
+
+
+def _truths(source: ImageSource, classifier: Classifier) -> Callable[[int | None], int | None]:
+    """From the source's label to the classifier's class: by name where the names agree, else as it is if it can be."""
+    names = source.class_names
+    if names is None:
+        return lambda label: label
+    places = {name: index for index, name in enumerate(classifier.class_names)}
+    if all(name in places for name in names):
+        return lambda label: None if label is None else places[names[label]]
+    same = len(names) == classifier.num_classes
+    return lambda label: label if same else None
+
+
+def _batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    group: list[Item] = []
+    for item in items:
+        group.append(item)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _error_row(error: BaseException) -> Row:
+    text = " ".join(str(error).split())
+    if not isinstance(error, MinexpError):
+        text = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return {"status": "error", "error": text[:500]}
