@@ -71,7 +71,7 @@ def test_a_one_pixel_image_and_a_long_strip_come_out_whole():
     "settings",
     [
         Preprocessing(
-            (224, 224), resize=235, interpolation="bicubic", mean=(0.4, 0.5, 0.6), std=(0.1, 0.2, 0.3)
+            (224, 224), resize=375, interpolation="bicubic", mean=(0.4, 0.5, 0.6), std=(0.1, 0.2, 0.3)
         ),
         Preprocessing((48, 64)),
         Preprocessing((28, 28), resize=30, mean=(0.13,), std=(0.3,), channels=1),

@@ -10,6 +10,8 @@ import textwrap
 import duckdb
 import numpy as np
 import pandas
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from minexp.data.store import (
@@ -158,7 +160,7 @@ def test_no_store_says_what_to_type(tmp_path):
 
 
 def test_a_kill_in_the_middle_leaves_only_whole_shards(tmp_path):
-    """Killed while a shard's bytes are on their way: what is named is whole, and the job resumes exactly there."""
+    """Killed while a shard is being written: what is named is whole, and the job resumes exactly there."""
     script = f"""
         import os, signal, sys
         sys.path.insert(0, {str(os.path.dirname(__file__))!r})
@@ -216,15 +218,27 @@ def test_any_flipped_bit_is_found(tmp_path):
     assert verify_store(tmp_path) == []
 
 
-def test_a_flipped_bit_in_a_page_stops_ordinary_reading(tmp_path):
-    """Without page checksums this bit would silently change a value."""
+def test_flips_that_change_values_silently_stop_ordinary_reading(tmp_path):
+    """Parquet alone reads many a flipped bit as another value; page checksums turn each into an error."""
     fill(tmp_path, 12, rows_per_shard=12)
     shard = tmp_path / "shard-00000.parquet"
-    content = bytearray(shard.read_bytes())
-    content[60] ^= 4  # inside the first pages, behind the four-byte magic
-    shard.write_bytes(content)
-    with pytest.raises(VerifyError, match="shard-00000"):
-        read_store(tmp_path)
+    whole = shard.read_bytes()
+    truth = pq.read_table(shard)
+    pages_end = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")  # what follows is the footer
+    silent = 0
+    for position in np.random.default_rng(1).integers(4 * 8, pages_end * 8, 60):
+        broken = bytearray(whole)
+        broken[position // 8] ^= 1 << (position % 8)
+        shard.write_bytes(broken)
+        try:
+            changed = not pq.read_table(shard).equals(truth)
+        except (OSError, pa.ArrowException):
+            continue
+        if changed:
+            silent += 1
+            with pytest.raises(VerifyError, match="shard-00000"):
+                read_store(tmp_path)
+    assert silent >= 3
 
 
 def test_missing_shards_wrong_masks_and_doubled_rows_are_found(tmp_path):
