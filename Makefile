@@ -47,7 +47,7 @@ $(VENV)/stamp: $(VENV)/base $(INPUTS)
 		echo "minexp: no C++ compiler found; the operators will run on plain PyTorch (slower, same results)"
 	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[dev]' || { \
 		echo "minexp: the C++ extension did not build; the operators will run on plain PyTorch"; \
-		MINEXP_NO_EXTENSION=1 $(PIP) install -q -c constraints.txt --no-build-isolation -e '.[dev]'; }
+		MINEXP_BUILD=0 $(PIP) install -q -c constraints.txt --no-build-isolation -e '.[dev]'; }
 	@touch $@
 
 clean:
