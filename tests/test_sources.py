@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import os
 import struct
 import tarfile
 import threading
@@ -218,6 +219,7 @@ def tree(tmp_path):
         save(tmp_path / "data" / name, picture(index))
     (tmp_path / "data" / "cat" / "notes.md").write_text("no image")
     (tmp_path / "data" / "cat" / "._a.png").write_text("left by a file manager")
+    save(tmp_path / "data" / "cat" / ".thumbnails" / "a.png", picture(0))
     return tmp_path / "data"
 
 
@@ -415,9 +417,19 @@ def test_decoding_runs_ahead_in_order_and_not_too_far(tmp_path, monkeypatch):
     assert seen == [f"{index:02d}.png" for index in range(40)]
 
 
-def test_a_stream_left_early_leaves_no_thread(tmp_path):
+def test_a_stream_left_early_leaves_no_thread(tmp_path, monkeypatch):
     for index in range(20):
         save(tmp_path / f"{index:02d}.png", picture(index))
+    started = []
+    decode = items.Entry.decode
+
+    def slow(entry):
+        started.append(entry.id)
+        if entry.id != "00.png":
+            time.sleep(0.3)
+        return decode(entry)
+
+    monkeypatch.setattr(items.Entry, "decode", slow)
     stream = iter(open_source(tmp_path))
     next(stream)
     stream.close()
@@ -427,6 +439,9 @@ def test_a_stream_left_early_leaves_no_thread(tmp_path):
     ) and time.time() < deadline:
         time.sleep(0.01)
     assert not left
+    assert len(started) <= 1 + min(4, os.cpu_count() or 1), (
+        "what was waiting to be decoded was decoded for nobody"
+    )
 
 
 def test_limit_and_fingerprint(tree, tmp_path):

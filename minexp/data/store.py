@@ -138,7 +138,7 @@ class StoreWriter:
             there = _read_manifest(self.directory)
             if there["run"].get("fingerprint") != self._run["fingerprint"]:
                 raise RequestError(
-                    f"{self.directory} holds the explanations of another job (its model, masker, data or settings differ):"
+                    f"{self.directory} holds the explanations of another job (another model, masker, data or settings):"
                     " give another --out, or --no-resume to replace them"
                 )
             self._shards = self._adopt(there["shards"])
@@ -168,7 +168,7 @@ class StoreWriter:
         return sum(shard["rows"] for shard in self._shards)
 
     def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Add rows (dicts over COLUMNS; what is absent is null). ``mask`` may be a bool array [H, W] or packed bytes."""
+        """Add rows: dicts over COLUMNS, null where absent. ``mask`` may be a bool array [H, W] or packed bytes."""
         if self._closed:
             raise ValueError("the store is closed")
         self._buffer.extend(_normalised(row) for row in rows)
@@ -363,7 +363,8 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
             raise ValueError("its fields are not those of a manifest")
     except (FileNotFoundError, NotADirectoryError):
         raise RequestError(
-            f"no explanations in {directory} ({MANIFEST} is not there): write them with minexp explain --out {directory}"
+            f"no explanations in {directory} ({MANIFEST} is not there):"
+            f" write them with minexp explain --out {directory}"
         ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise VerifyError(f"{path} is damaged: {_one_line(error)}") from error
