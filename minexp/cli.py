@@ -185,8 +185,14 @@ class Explain(WithModel):
     """Masker made by `minexp fit` for this classifier; without it each image is optimised on its own."""
     effort: Literal["fast", "refined"] | None = None
     """fast: the masker and a threshold search; refined: optimise each mask further (the default without a masker)."""
+    predicate: Literal["robust", "top1", "score"] = "robust"
+    """What a mask has to do: keep the class on random backgrounds, on the plain background, or keep its probability."""
     rho: float = 0.95
-    """Share of random backgrounds under which the class must stay, for a mask to be certified."""
+    """With robust: share of the random backgrounds on which the class has to stay."""
+    draws: int = 10
+    """With robust: number of random backgrounds."""
+    tau: float = 0.5
+    """With score: the probability to reach."""
     background: str = "mean"
     """What removed pixels become in the kept image."""
     batch: int = 32
@@ -212,7 +218,7 @@ class Explain(WithModel):
             source,
             masker,
             self.out,
-            predicate=Predicate(rho=self.rho),
+            predicate=Predicate(self.predicate, rho=self.rho, draws=self.draws, tau=self.tau),
             effort=self.effort or ("refined" if masker is None else "fast"),
             background=self.background,
             seed=self.seed,
