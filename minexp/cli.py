@@ -193,7 +193,7 @@ class Explain(WithModel):
     """With robust: number of random backgrounds."""
     tau: float = 0.5
     """With score: the probability to reach."""
-    background: str = "mean"
+    background: Literal["mean", "black", "white"] = "mean"
     """What removed pixels become in the kept image."""
     batch: int = 32
     """Images at once; no effect on the answers."""

@@ -1,6 +1,6 @@
 """A dataset through explain(): one row for every input, in order, whatever happens on the way."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -46,9 +46,7 @@ Stub = Callable[..., Any]
 def stub(seen: list[list[float]] | None = None, fail: Callable[[Tensor], None] = lambda x: None) -> Stub:
     """Explains an image by keeping its first row; records the pixel values it was called with."""
 
-    def explain(
-        classifier: Classifier, x: Tensor, masker: Any, *, ids: Sequence[str], **settings: Any
-    ) -> Any:
+    def explain(classifier: Classifier, x: Tensor, masker: Any, **settings: Any) -> Any:
         values = [round(float(image.mean() * 255)) for image in x]
         if seen is not None:
             seen.append([float(value) for value in values])
@@ -157,7 +155,7 @@ def test_a_finished_job_is_not_done_again_and_a_foreign_one_is_refused(
     again = run(classifier, folder, out, explain=stub(seen))
     assert seen == []
     assert again["rows"] == again["resumed"] == first["rows"] == 9
-    for options in ({"seed": 1}, {"background": "noise"}, {"predicate": "another"}, {"effort": "refined"}):
+    for options in ({"seed": 1}, {"background": "black"}, {"predicate": "another"}, {"effort": "refined"}):
         with pytest.raises(RequestError, match="another job"):
             run(classifier, folder, out, **options)
     other = Classifier(classifier.model, size=SIZE, mean=(0.5,) * 3)
@@ -188,3 +186,23 @@ def test_labels_that_cannot_be_the_classifiers_are_left_out(classifier: Classifi
         Image.fromarray(images[0]).save(tmp_path / "tree" / name / "0.png")
     run(classifier, tmp_path / "tree", tmp_path / "b")
     assert read_store(tmp_path / "b")["truth"].to_pylist() == [None, None]
+
+
+def test_without_a_masker_backgrounds_come_from_the_data(
+    classifier: Classifier, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = []
+
+    def explain(classifier: Classifier, x: Tensor, masker: Any, *, backgrounds: Any, **settings: Any) -> Any:
+        given.append(backgrounds)
+        return stub()(classifier, x, masker)
+
+    run(classifier, folder, tmp_path / "short", explain=explain)
+    assert given[0].reference is None
+    monkeypatch.setattr(local, "REFERENCES", 4)
+    given.clear()
+    run(classifier, folder, tmp_path / "long", explain=explain, batch=3)
+    assert all(backgrounds is given[0] for backgrounds in given)
+    # Images 0, 2, 4 and 6 of nine; the third of them cannot be read.
+    assert [round(float(image.mean() * 255)) for image in given[0].reference] == [0, 40, 60]
+    assert given[0].mean.mean() * 255 == pytest.approx(100 / 3, abs=0.01)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import time
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 ROWS_PER_SHARD = 256  # what a killed job may have to do again
+REFERENCES = 32  # images of the data that backgrounds are made from, where no masker brings its own
 
 
 def explain_dataset(
@@ -53,21 +55,27 @@ def explain_dataset(
     Returns the summary of all rows in `out` (shares of 1; None where nothing was explained). RequestError when
     `out` holds another job.
     """
-    if explain is None:
-        from .. import explanation
+    from .. import explanation
+    from ..certify import Predicate
 
-        explain = explanation.explain
-    if predicate is None:
-        from ..certify import Predicate
-
-        predicate = Predicate()
+    explain = explanation.explain if explain is None else explain
+    predicate = Predicate() if predicate is None else predicate
     run = _describe(classifier, source, masker, predicate, effort, background, seed)
     truths = _truths(source, classifier)
     started = time.perf_counter()
+    # Made once: every image of the job, and of the job resumed, meets the same draws.
+    backgrounds = explanation.make_backgrounds(
+        classifier,
+        masker,
+        reference=_reference(source, classifier) if masker is None else None,
+        background=background,
+        seed=seed,
+    )
 
-    def call(x: Tensor, ids: Sequence[str]) -> list[Row]:
-        settings = {"predicate": predicate, "effort": effort, "background": background, "seed": seed}
-        return list(explain(classifier, x, masker, ids=list(ids), **settings).rows())
+    def call(x: Tensor) -> list[Row]:
+        return list(
+            explain(classifier, x, masker, predicate=predicate, effort=effort, backgrounds=backgrounds).rows()
+        )
 
     with StoreWriter(out, run=run, rows_per_shard=ROWS_PER_SHARD, resume=resume) as store:
         resumed = store.rows_done
@@ -97,7 +105,7 @@ def explain_dataset(
 
 
 def explain_items(
-    classifier: Classifier, items: Sequence[Item], call: Callable[[Tensor, Sequence[str]], list[Row]]
+    classifier: Classifier, items: Sequence[Item], call: Callable[[Tensor], list[Row]]
 ) -> list[Row]:
     """One row for each item, in order; `call` explains [B, C, H, W] in pixel space.
 
@@ -115,20 +123,20 @@ def explain_items(
             rows[place] = _error_row(error)
     if places:
         x = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float().div_(255).to(classifier.device)
-        for place, row in zip(places, _each(call, x, [items[place].id for place in places]), strict=True):
+        for place, row in zip(places, _each(call, x), strict=True):
             rows[place] = row
     return [row for row in rows if row is not None]
 
 
-def _each(call: Callable[[Tensor, Sequence[str]], list[Row]], x: Tensor, ids: Sequence[str]) -> list[Row]:
+def _each(call: Callable[[Tensor], list[Row]], x: Tensor) -> list[Row]:
     try:
-        return call(x, ids)
+        return call(x)
     except RequestError:
         raise  # no single image is at fault
     except Exception as error:
-        if len(ids) == 1:
+        if len(x) == 1:
             return [_error_row(error)]
-    return [_each(call, x[index : index + 1], [one])[0] for index, one in enumerate(ids)]
+    return [_each(call, image)[0] for image in x.split(1)]
 
 
 def summarise(out: str | Path) -> dict[str, Any]:
@@ -185,6 +193,25 @@ def _describe(
         "precision": str(next(classifier.model.parameters(), torch.zeros(0)).dtype).removeprefix("torch."),
         "versions": {"minexp": __version__, "torch": torch.__version__},
     }
+
+
+def _reference(source: ImageSource, classifier: Classifier) -> Tensor | None:
+    """Some of the job's images, evenly spaced, for backgrounds with the data's statistics: float [M,C,H,W].
+
+    None for a short source: an image would often be its own background.
+    """
+    if len(source) < 2 * REFERENCES:
+        return None
+    pixels = []
+    for number in range(REFERENCES):
+        place = number * len(source) // REFERENCES
+        for item in source.range(place, place + 1):
+            with contextlib.suppress(Exception):  # unreadable here, an error row later
+                if item.image is not None:
+                    pixels.append(classifier.preprocessing.pixels(item.image))
+    if len(pixels) < 2:
+        return None
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float().div_(255)
 
 
 def _truths(source: ImageSource, classifier: Classifier) -> Callable[[int | None], int | None]:
