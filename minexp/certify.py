@@ -1,0 +1,272 @@
+"""The predicate an explanation has to satisfy, and the certificate of what it does satisfy."""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .backgrounds import HELD_OUT, OTHER, TRAINING, Backgrounds
+from .classifier import Classifier
+from .errors import RequestError
+from .regions import border_share, components
+
+PER_FAMILY = 4  # certificate draws a family
+
+
+@dataclass(frozen=True)
+class Predicate:
+    """When does a mask explain a decision? A deterministic function of (image, mask) for one job's backgrounds.
+
+    kind "top1": argmax f(e) is the image's class on the default background; "score": p_y(e) ≥ tau;
+    "robust": top-1 kept and kept on at least the share ``rho`` of ``draws`` backgrounds of the training families.
+    """
+
+    kind: Literal["top1", "score", "robust"] = "robust"
+    rho: float = 0.95
+    draws: int = 10
+    tau: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("top1", "score", "robust"):
+            raise RequestError(f"unknown predicate {self.kind!r}; choose top1, score or robust")
+        if not (0 < self.rho <= 1 and 0 <= self.tau <= 1 and self.draws >= 1):
+            raise RequestError(
+                f"predicate with rho {self.rho}, tau {self.tau}, draws {self.draws}; "
+                "give 0 < rho ≤ 1, 0 ≤ tau ≤ 1, draws ≥ 1"
+            )
+
+    @property
+    def misses(self) -> int:
+        """How many draws may fail."""
+        return math.floor((1 - self.rho) * self.draws + 1e-9)
+
+    def __str__(self) -> str:
+        if self.kind == "top1":
+            return "top-1 kept"
+        if self.kind == "score":
+            return f"p >= {self.tau:g}"
+        return f"top-1 kept and robust >= {self.rho:g} on {self.draws} backgrounds"
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What was measured of one hard mask; names and meaning as in the store's columns.
+
+    Shares are in [0, 1]; each robust share comes with its 95 % Wilson interval and number of draws.
+    ``certified``: the predicate holds. ``families``: robust share by background family.
+    """
+
+    certified: bool
+    label: int
+    label_name: str
+    conf: float
+    label_masked: int
+    conf_masked: float
+    conf_complement: float
+    conf_empty: float
+    kept: bool
+    area: float
+    components: int
+    border_share: float
+    threshold: float
+    robust_train: float
+    robust_train_low: float
+    robust_train_high: float
+    robust_train_n: int
+    robust_heldout: float
+    robust_heldout_low: float
+    robust_heldout_high: float
+    robust_heldout_n: int
+    robust_other: float | None
+    robust_other_n: int
+    dilation_kept: bool
+    minimal_at: int | None
+    predicate: str
+    evaluations: int
+    families: str
+
+    def __str__(self) -> str:
+        verdict = "certified" if self.certified else "NOT certified"
+        return (
+            f"{self.label_name} · keeps {self.area:.1%} of the pixels · p {self.conf:.2f} → {self.conf_masked:.2f} · "
+            f"robust {self.robust_train:.2f} [{self.robust_train_low:.2f}, {self.robust_train_high:.2f}] · "
+            f"held-out {self.robust_heldout:.2f} · {verdict}: {self.predicate}"
+        )
+
+
+def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """95 % Wilson score interval of a proportion (Wilson 1927); (0, 1) for no draws."""
+    if n == 0:
+        return 0.0, 1.0
+    p = successes / n
+    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def default_micro_batch(shape: tuple[int, int, int]) -> int:
+    """Images a classifier call: enough to fill the cores, few enough to stay in cache."""
+    return max(16, min(128, 2**19 // (shape[1] * shape[2])))
+
+
+class Judge:
+    """A predicate bound to a classifier and a job's backgrounds: decides masks and writes certificates."""
+
+    def __init__(
+        self,
+        classifier: Classifier,
+        predicate: Predicate,
+        backgrounds: Backgrounds,
+        *,
+        micro_batch: int | None = None,
+        per_family: int = PER_FAMILY,
+    ) -> None:
+        self.classifier, self.predicate, self.backgrounds = classifier, predicate, backgrounds
+        self.micro_batch = micro_batch or default_micro_batch(classifier.input_shape)
+        self.per_family = per_family
+        self._empty: dict[torch.Size, Tensor] = {}
+
+    @torch.no_grad()
+    def logits(self, x: Tensor) -> Tensor:
+        """Class scores of x, a micro-batch at a time."""
+        return torch.cat([self.classifier.logits(part) for part in x.split(self.micro_batch)])
+
+    @torch.no_grad()
+    def holds(self, x: Tensor, label: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Does the predicate hold for masks [B,1,H,W] (bool) of x? Returns ([B] bool, [B] classifier evaluations)."""
+        ok = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        spent = torch.ones(len(x), dtype=torch.long, device=x.device)
+        logits = self.logits(torch.where(mask, x, self.backgrounds.default(x)))
+        if self.predicate.kind == "score":
+            return logits.softmax(1).gather(1, label[:, None])[:, 0] >= self.predicate.tau, spent
+        ok = logits.argmax(1) == label
+        if self.predicate.kind == "top1":
+            return ok, spent
+        missed = torch.zeros_like(spent)
+        for first in range(0, self.predicate.draws, len(TRAINING)):
+            # a wave of one draw a family; images that can no longer pass are not asked again
+            alive = ok.nonzero().flatten()
+            if not len(alive):
+                break
+            numbers = range(first, min(first + len(TRAINING), self.predicate.draws))
+            pairs = [(TRAINING[n % len(TRAINING)], n // len(TRAINING)) for n in numbers]
+            kept = self._kept_on(x[alive], label[alive], mask[alive], pairs, "predicate")
+            missed[alive] += (~kept).sum(1)
+            spent[alive] += len(pairs)
+            ok &= missed <= self.predicate.misses
+        return ok, spent
+
+    def _kept_on(
+        self, x: Tensor, label: Tensor, mask: Tensor, draws: Sequence[tuple[str, int | Tensor]], purpose: str
+    ) -> Tensor:
+        """[B, len(draws)]: is the class kept on each (family, number or numbers [B]) background?"""
+        kept = torch.empty(len(x), len(draws), dtype=torch.bool, device=x.device)
+        block = max(1, self.micro_batch // len(draws))
+        for part in torch.arange(len(x), device=x.device).split(block):
+            filled = []
+            for family, number in draws:
+                picks = number[part] if isinstance(number, Tensor) else torch.full((len(part),), number)
+                background = self.backgrounds.draw(family, x[part], picks[:, None], purpose=purpose)[:, 0]
+                filled.append(torch.where(mask[part], x[part], background))
+            predicted = self.logits(torch.cat(filled)).argmax(1).view(len(draws), len(part))
+            kept[part] = (predicted == label[part]).T
+        return kept
+
+    def empty(self, x: Tensor) -> Tensor:
+        """Class probabilities [K] of the default background alone; one evaluation a job."""
+        if x.shape[1:] not in self._empty:
+            blank = self.backgrounds.default(x).expand(1, *x.shape[1:])
+            self._empty[x.shape[1:]] = self.logits(blank).softmax(1)[0]
+        return self._empty[x.shape[1:]]
+
+    @torch.no_grad()
+    def certify(
+        self,
+        x: Tensor,
+        logits: Tensor,
+        mask: Tensor,
+        *,
+        certified: Tensor,
+        threshold: Tensor,
+        evaluations: Tensor,
+    ) -> list[Certificate]:
+        """Measure hard masks [B,1,H,W] of x, on fresh draws that the predicate has never seen.
+
+        logits: scores of the whole images; certified, threshold, evaluations [B]: what led to the masks.
+        """
+        label, default = logits.argmax(1), self.backgrounds.default(x)
+        full = logits.softmax(1).gather(1, label[:, None])[:, 0]
+        dilated = F.max_pool2d(mask.float(), 3, 1, 1).bool()
+        probe = self.logits(torch.cat([torch.where(m, x, default) for m in (mask, ~mask, dilated)])).view(
+            3, len(x), -1
+        )
+        masked, complement, wider = probe.softmax(2)
+        held_out, families = list(HELD_OUT), [*TRAINING, *HELD_OUT]
+        if self.backgrounds.reference is not None:
+            families.append(OTHER)
+        start = torch.tensor([zlib.crc32(image.tobytes()) for image in _bytes(x)])
+        draws: list[tuple[str, int | Tensor]] = [
+            (family, start % 2**31 + number) for family in families for number in range(self.per_family)
+        ]
+        kept = self._kept_on(x, label, mask, draws, "certificate").view(len(x), len(families), -1).cpu()
+        spent = 4 + len(draws)  # f(x), the three probes, the draws
+        empty = self.empty(x)
+        picked = [t.gather(1, label[:, None])[:, 0].tolist() for t in (masked, complement)]
+        rows = []
+        for b, y in enumerate(label.tolist()):
+            by_family = dict(zip(families, kept[b].float().mean(1).tolist(), strict=True))
+            train = _share([kept[b, families.index(f)] for f in TRAINING])
+            held = _share([kept[b, families.index(f)] for f in held_out])
+            other = _share([kept[b, families.index(OTHER)]]) if OTHER in families else (None, 0.0, 1.0, 0)
+            plain = mask[b, 0].cpu().numpy()
+            rows.append(
+                Certificate(
+                    certified=bool(certified[b]),
+                    label=y,
+                    label_name=self.classifier.class_names[y],
+                    conf=float(full[b]),
+                    label_masked=int(masked[b].argmax()),
+                    conf_masked=picked[0][b],
+                    conf_complement=picked[1][b],
+                    conf_empty=float(empty[y]),
+                    kept=int(masked[b].argmax()) == y,
+                    area=float(plain.mean()),
+                    components=components(plain),
+                    border_share=border_share(plain),
+                    threshold=float(threshold[b]),
+                    robust_train=train[0],
+                    robust_train_low=train[1],
+                    robust_train_high=train[2],
+                    robust_train_n=train[3],
+                    robust_heldout=held[0],
+                    robust_heldout_low=held[1],
+                    robust_heldout_high=held[2],
+                    robust_heldout_n=held[3],
+                    robust_other=other[0],
+                    robust_other_n=other[3],
+                    dilation_kept=int(wider[b].argmax()) == y,
+                    minimal_at=None,
+                    predicate=str(self.predicate),
+                    evaluations=int(evaluations[b]) + spent,
+                    families=json.dumps({k: round(v, 4) for k, v in by_family.items()}),
+                )
+            )
+        return rows
+
+
+def _bytes(x: Tensor) -> Iterator[np.ndarray]:
+    yield from (x * 255).round().to(torch.uint8).cpu().numpy()
+
+
+def _share(draws: list[Tensor]) -> tuple[float, float, float, int]:
+    hits, n = sum(int(d.sum()) for d in draws), sum(d.numel() for d in draws)
+    return (hits / n, *wilson(hits, n), n)
