@@ -32,7 +32,8 @@ def histogram(areas: Floats) -> str:
             width, height = frame.x(right) - frame.x(left) - 1.5, frame.y(0) - y
             bars.append(
                 f'<rect class="bar" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" rx="1.5">'
-                f"<title>{_percent(left)} to {_percent(right)} of the pixels: {count:,} images ({_percent(share)})</title></rect>"
+                f"<title>{_percent(left)} to {_percent(right)} of the pixels:"
+                f" {count:,} images ({_percent(share)})</title></rect>"
             )
     mean, median = float(areas.mean()), float(np.median(areas))
     # The larger one is labelled to the right of its line, the smaller to the left: they cannot collide.
@@ -92,7 +93,8 @@ def bars(lines: Sequence[tuple[str, str, Estimate]]) -> str:
         )
         kind = "bar" if section.startswith("train") else "bar second"
         parts.append(
-            f'<rect class="{kind}" x="{left}" y="{y + 5:.1f}" width="{share.mean * span:.1f}" height="{step - 10}" rx="3"/>'
+            f'<rect class="{kind}" x="{left}" y="{y + 5:.1f}" width="{share.mean * span:.1f}"'
+            f' height="{step - 10}" rx="3"/>'
         )
         if share.low is not None and share.high is not None:
             x0, x1 = left + share.low * span, left + share.high * span
@@ -127,7 +129,8 @@ class _Frame:
         for value in np.linspace(0, self.right, 5):
             x = self.x(float(value))
             parts.append(
-                f'<text class="tick" x="{x:.1f}" y="{_H - _BOTTOM + 18}" text-anchor="middle">{_tick(value, self.right)}</text>'
+                f'<text class="tick" x="{x:.1f}" y="{_H - _BOTTOM + 18}" text-anchor="middle">'
+                f"{_tick(value, self.right)}</text>"
             )
         parts.append(
             f'<text class="title" x="{(_LEFT + _W - _RIGHT) / 2}" y="{_H - 6}" text-anchor="middle">{x_title}</text>'

@@ -15,10 +15,10 @@ from ..data.sources import load_uri
 from ..data.store import read_rows, unpack_mask
 from ..errors import MinexpError
 from .pictures import image_uri, mask_uri
-from .summary import Summary
+from .summary import FAMILIES, Summary
 
 _SIDES = (224, 160, 112, 80)  # pixels of a picture's longer side, tried until the page is small enough
-_BUDGET = 11_000_000  # characters of all cards: the page stays below 15 MB
+BUDGET = 11_000_000  # characters of all cards: the page stays below 15 MB
 
 VIEWS = {
     "sample": ("Sample", "Drawn at random: what a typical explanation looks like."),
@@ -39,6 +39,19 @@ class Choice:
     @property
     def positions(self) -> list[int]:
         return list(dict.fromkeys(position for chosen in self.views.values() for position in chosen))
+
+
+def render_gallery(directory: Path, summary: Summary, count: int) -> tuple[Choice, str, int]:
+    """What is shown, the cards' HTML, and how many pictures could not be loaded again.
+
+    ``count`` rows a view at most, halved as long as even small pictures are too much for one page.
+    """
+    while True:
+        choice = choose(summary, count)
+        cards, lost = render_cards(directory, summary, choice)
+        if len(cards) <= BUDGET or count == 1:
+            return choice, cards, lost
+        count //= 2
 
 
 def choose(summary: Summary, count: int) -> Choice:
@@ -93,10 +106,11 @@ def render_cards(directory: Path, summary: Summary, choice: Choice) -> tuple[str
                 side,
                 {view: rank[position] for view, rank in ranks.items() if position in rank},
                 {key: chip for key, (chip, concerned) in chips.items() if position in concerned},
+                summary.run.get("class_names") or (),
             )
             for position, row, picture in zip(positions, rows, pictures, strict=True)
         ]
-        if sum(map(len, cards)) <= _BUDGET:
+        if sum(map(len, cards)) <= BUDGET:
             break
     return "".join(cards), sum(picture is None for picture in pictures)
 
@@ -117,6 +131,7 @@ def _card(
     side: int,
     ranks: Mapping[str, int],
     chips: Mapping[str, str],
+    names: Sequence[str],
 ) -> str:
     name = escape(str(row["label_name"] if row["label_name"] is not None else row["label"]))
     certified = row["status"] == "certified"
@@ -126,9 +141,9 @@ def _card(
     if row["kept"] is False:
         badges += '<span class="badge no">class lost</span>'
     if row["truth"] is not None and row["truth"] != row["label"]:
-        badges += '<span class="badge no">wrong class</span>'
+        badges += f'<span class="badge no">wrong: {escape(_truth(row, names))}</span>'
     badges += "".join(f'<span class="chip">{escape(chip)}</span>' for chip in chips.values())
-    data = {f"rank-{view}": rank for view, rank in ranks.items()}
+    data: dict[str, Any] = {f"rank-{view}": rank for view, rank in ranks.items()}
     data |= {"name": row["label_name"] or row["label"], "id": row["id"], "flags": " ".join(chips)}
     data |= {
         "area": _round(row["area"]),
@@ -136,9 +151,12 @@ def _card(
         "conf": _round(row["conf"]),
     }
     attributes = " ".join(f'data-{key}="{escape(str(value))}"' for key, value in data.items())
-    details = "".join(f"<dt>{escape(term)}</dt><dd>{escape(value)}</dd>" for term, value in _details(row))
+    details = "".join(
+        f"<dt>{escape(term)}</dt><dd>{escape(value)}</dd>" for term, value in _details(row, names)
+    )
     return (
-        f'<article class="card{small}" tabindex="0" {attributes} aria-label="{name}: {_percent(row["area"])} of the pixels">'
+        f'<article class="card{small}" tabindex="0" {attributes}'
+        f' aria-label="{name}: {_percent(row["area"])} of the pixels">'
         f'<div class="frames">{frames}</div>'
         f'<p class="line"><b>{name}</b> {_line(row)}</p><p class="badges">{badges}</p>'
         f'<p class="id" title="{escape(row["uri"])}">{escape(row["id"])}</p><dl>{details}</dl></article>\n'
@@ -174,7 +192,7 @@ def _line(row: Mapping[str, Any]) -> str:
     return " · ".join(parts)
 
 
-def _details(row: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _details(row: Mapping[str, Any], names: Sequence[str]) -> list[tuple[str, str]]:
     """The whole certificate in words; what is null is left out."""
 
     def robust(family: str) -> str | None:
@@ -194,6 +212,7 @@ def _details(row: Mapping[str, Any]) -> list[tuple[str, str]]:
     pairs = [
         ("predicate", row["predicate"]),
         ("status", row["status"]),
+        ("true class", None if row["truth"] is None else _truth(row, names)),
         ("class kept", yes("kept")),
         ("mask area", _percent(row["area"])),
         ("p(class), whole image", number("conf")),
@@ -204,21 +223,23 @@ def _details(row: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("robust, held-out backgrounds", robust("heldout")),
         ("robust, other images", robust("other")),
         *(
-            (f"· {family}", f"{share:.3f}")
+            (f"· over {FAMILIES.get(family, (0, family))[1]}", f"{share:.2f}")
             for family, share in families.items()
-            if isinstance(share, (int, float))
         ),
         ("kept when widened by a pixel", yes("dilation_kept")),
         ("connected regions", number("components", "d")),
         ("share on the border", _percent(row["border_share"]) if row["border_share"] is not None else None),
         ("mask threshold", number("threshold")),
         ("minimal at cell size", number("minimal_at", "d")),
-        ("true class", number("truth", "d")),
         ("classifier evaluations", number("evaluations", "d")),
         ("time", None if row["ms"] is None else f"{row['ms']:.1f} ms"),
         ("uri", row["uri"]),
     ]
     return [(term, str(value)) for term, value in pairs if value not in (None, "")]
+
+
+def _truth(row: Mapping[str, Any], names: Sequence[str]) -> str:
+    return names[row["truth"]] if 0 <= row["truth"] < len(names) else str(row["truth"])
 
 
 def _percent(value: float | None) -> str:

@@ -4,7 +4,8 @@
   const byId = (id) => document.getElementById(id);
   const cards = $$(".card");
   const tabs = $$(".tabs button");
-  const state = { view: tabs.length ? tabs[0].dataset.view : "", flag: "" };
+  const state = { view: tabs.length ? tabs[0].dataset.view : "", flag: "", all: false };
+  const first = 12; // cards before "show more": the figures below stay in reach
 
   const value = (card, key) => parseFloat(card.dataset[key]);
   const rank = (card) => parseFloat(card.getAttribute("data-rank-" + state.view));
@@ -13,7 +14,7 @@
     const name = byId("class").value;
     const text = byId("find").value.trim().toLowerCase();
     const sort = byId("sort").value;
-    let shown = cards.filter((card) =>
+    const shown = cards.filter((card) =>
       (state.flag ? card.dataset.flags.split(" ").includes(state.flag) : card.hasAttribute("data-rank-" + state.view)) &&
       (!name || card.dataset.name === name) &&
       (!text || card.dataset.id.toLowerCase().includes(text)));
@@ -24,8 +25,12 @@
     const finite = (number) => (Number.isNaN(number) ? Infinity : number);
     shown.sort((a, b) => finite(order(a)) - finite(order(b)) || 0);
     const visible = new Set(shown);
-    for (const card of cards) card.hidden = !visible.has(card);
     byId("cards").append(...shown);
+    const rest = state.all ? 0 : shown.length - first;
+    byId("more-cards").hidden = rest <= 0;
+    byId("more-cards").textContent = "show " + rest + " more";
+    for (const card of cards) card.hidden = !visible.has(card);
+    if (rest > 0) for (const card of shown.slice(first)) card.hidden = true;
     for (const tab of tabs) tab.setAttribute("aria-selected", String(!state.flag && tab.dataset.view === state.view));
     const tab = tabs.find((one) => one.dataset.view === state.view);
     const about = state.flag ? "Cards with the warning you chose." : tab ? tab.dataset.about : "";
@@ -36,14 +41,17 @@
   function view(name) {
     state.view = name;
     state.flag = "";
+    state.all = false;
     show();
   }
 
   for (const tab of tabs) tab.addEventListener("click", () => view(tab.dataset.view));
+  byId("more-cards").addEventListener("click", () => { state.all = true; show(); });
   for (const id of ["class", "sort", "find"]) byId(id).addEventListener("input", show);
   for (const button of $$("[data-flag]")) {
     button.addEventListener("click", () => {
       state.flag = button.dataset.flag;
+      state.all = false;
       show();
       byId("gallery").scrollIntoView();
     });

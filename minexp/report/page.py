@@ -14,23 +14,11 @@ from ..data.files import write_text
 from ..data.store import read_rows, read_store
 from ..errors import RequestError
 from . import charts
-from .gallery import VIEWS, choose, render_cards
+from .gallery import VIEWS, render_gallery
 from .intervals import Estimate
 from .pictures import Pixels, file_uri, image_uri
-from .summary import ClassLine, Summary, summarise
+from .summary import FAMILIES, ClassLine, Summary, summarise
 
-# How background families are called for readers, and which were used to find the masks.
-_FAMILIES = {
-    "mean": ("training", "mean colour"),
-    "uniform": ("training", "uniform noise"),
-    "gaussian": ("training", "Gaussian noise"),
-    "flat": ("training", "random flat colour"),
-    "phase": ("training", "phase-scrambled"),
-    "blur": ("held out", "the image, blurred"),
-    "shuffled": ("held out", "shuffled patches"),
-    "texture": ("held out", "textures"),
-    "other": ("rival evidence", "other images"),
-}
 _ERRORS_SHOWN = 200
 
 
@@ -44,7 +32,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Section:
-    """An own part of the page. Text is plain; an empty line starts a paragraph. table: rows of cells, the first the head."""
+    """An own part of the page. Text is plain, paragraphs apart by an empty line; the table's first row is its head."""
 
     title: str
     text: str
@@ -69,8 +57,7 @@ def write_report(
     summary = summarise(directory)
     if not summary.rows:
         raise RequestError(f"{directory} holds no rows yet: run minexp explain --out {directory} first")
-    choice = choose(summary, gallery)
-    cards, lost = render_cards(directory, summary, choice)
+    choice, cards, lost = render_gallery(directory, summary, gallery)
     parts = resources.files(__package__)
     page = Template(parts.joinpath("page.html").read_text(encoding="utf-8")).substitute(
         style=parts.joinpath("page.css").read_text(encoding="utf-8"),
@@ -183,7 +170,7 @@ def _tile(name: str, estimate: Estimate | None, meaning: str, kind: str) -> str:
     show = _percent if kind == "share" else _count
     interval = "one image"
     if estimate.low is not None and estimate.high is not None:
-        interval = f"95 % in {show(estimate.low).removesuffix(' %')} – {show(estimate.high)}"
+        interval = f"95 % CI {show(estimate.low).removesuffix(' %')} – {show(estimate.high)}"
     return (
         f'<div class="tile"><h3>{escape(name)}</h3><p class="figure">{show(estimate.mean)}</p>'
         f'<p class="interval">{interval}</p><p class="meaning">{escape(meaning)}</p></div>'
@@ -203,8 +190,8 @@ def _warnings(summary: Summary) -> str:
     for warning in sorted(summary.warnings, key=lambda warning: -len(warning.rows)):
         share = len(warning.rows) / explained
         lines.append(
-            f'<li class="warning"><b>{_percent(share)} · {escape(warning.chip)}</b> ({len(warning.rows):,} of {explained:,}'
-            f" images). {escape(warning.text)}"
+            f'<li class="warning"><b>{_percent(share)} · {escape(warning.chip)}</b>'
+            f" ({len(warning.rows):,} of {explained:,} images). {escape(warning.text)}"
             f' <button type="button" class="link" data-flag="{warning.key}">show some</button></li>'
         )
     if not lines:
@@ -213,9 +200,9 @@ def _warnings(summary: Summary) -> str:
 
 
 def _families(summary: Summary) -> list[tuple[str, str, Estimate]]:
-    known = {family: estimate for family, estimate in summary.families if family in _FAMILIES}
-    rest = [("more", family, estimate) for family, estimate in summary.families if family not in _FAMILIES]
-    return [(*_FAMILIES[family], known[family]) for family in _FAMILIES if family in known] + rest
+    known = {family: estimate for family, estimate in summary.families if family in FAMILIES}
+    rest = [("more", family, estimate) for family, estimate in summary.families if family not in FAMILIES]
+    return [(*FAMILIES[family], known[family]) for family in FAMILIES if family in known] + rest
 
 
 def _classes(lines: list[ClassLine], *, known: bool) -> str:
@@ -300,10 +287,10 @@ def _errors(directory: Path, summary: Summary) -> str:
         else ""
     )
     return (
-        f'<section id="errors"><h2>Errors</h2><p class="explain">{len(positions):,} inputs could not be explained. They are'
-        f" rows of the store too, so that nothing is lost in silence.</p><ul class='kinds'>{kinds}</ul>"
-        f'<details><summary>Every input with its error</summary><div class="wide"><table><tbody>{lines}</tbody></table></div>'
-        f"{more}</details></section>"
+        f'<section id="errors"><h2>Errors</h2><p class="explain">{len(positions):,} inputs could not be explained.'
+        f" They are rows of the store too, so that nothing is lost in silence.</p><ul class='kinds'>{kinds}</ul>"
+        "<details><summary>Every input with its error</summary>"
+        f'<div class="wide"><table><tbody>{lines}</tbody></table></div>{more}</details></section>'
     )
 
 

@@ -15,22 +15,18 @@ from ..data.files import replacing
 Pixels = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]
 
-_INK, _MUTED, _PAPER, _ACCENT, _LINE = (
-    (29, 33, 38),
-    (101, 109, 118),
-    (255, 255, 255),
-    (36, 87, 214),
-    (226, 228, 232),
-)
+_INK, _MUTED, _PAPER, _LINE = (29, 33, 38), (101, 109, 118), (255, 255, 255), (226, 228, 232)
+_ACCENT, _SOFT = (36, 87, 214), (232, 238, 252)  # mask pixels, and those it leaves out
 _CELL, _GAP, _EDGE = 224, 14, 28  # pixels
 
 
 def image_uri(image: Pixels, side: int) -> str:
     """A data URI of ``image`` [h, w, 1 or 3], its longer side at most ``side``; small pictures stay exact."""
     picture = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
+    small = max(picture.size) <= min(side, 96)
     picture.thumbnail((side, side), Image.Resampling.LANCZOS)
     file = io.BytesIO()
-    if max(picture.size) <= 96:
+    if small:
         picture.save(file, "WEBP", lossless=True)
     else:
         picture.save(file, "WEBP", quality=82)
@@ -114,8 +110,8 @@ def _cell(image: Pixels) -> Image.Image:
 
 
 def _mask_cell(mask: Mask) -> Image.Image:
-    colours = np.where(mask[..., None], np.uint8(_ACCENT), np.uint8((240, 241, 244)))
-    return _scaled(Image.fromarray(colours.astype(np.uint8)), Image.Resampling.NEAREST)
+    colours = np.where(mask[..., None], np.array(_ACCENT, np.uint8), np.array(_SOFT, np.uint8))
+    return _scaled(Image.fromarray(colours), Image.Resampling.NEAREST)
 
 
 def _scaled(picture: Image.Image, shrink: Image.Resampling) -> Image.Image:

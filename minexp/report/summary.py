@@ -18,14 +18,36 @@ Floats = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
 
 _NUMBERS = (
-    "truth label conf conf_masked conf_complement conf_empty kept area border_share robust_train robust_heldout"
-    " robust_other dilation_kept evaluations ms"
-).split()
+    *(
+        "truth",
+        "label",
+        "conf",
+        "conf_masked",
+        "conf_complement",
+        "conf_empty",
+        "kept",
+        "area",
+        "border_share",
+    ),
+    *("robust_train", "robust_heldout", "robust_other", "dilation_kept", "evaluations"),
+)
+# How background families are called for readers, and which were used to find the masks.
+FAMILIES = {
+    "mean": ("training", "mean colour"),
+    "uniform": ("training", "uniform noise"),
+    "gaussian": ("training", "Gaussian noise"),
+    "flat": ("training", "random flat colour"),
+    "phase": ("training", "phase-scrambled"),
+    "blur": ("held out", "the image, blurred"),
+    "shuffled": ("held out", "shuffled patches"),
+    "texture": ("held out", "textures"),
+    "other": ("rival evidence", "other images"),
+}
 _FAMILY_ROWS = 20_000  # JSON of more rows than this is sampled: the means no longer move
 
 
 @dataclass(frozen=True)
-class Warning_:
+class Concern:
     """Something a reader should know before believing the masks; ``rows`` are the positions it concerns."""
 
     key: str
@@ -57,7 +79,7 @@ class Summary:
     classes: list[ClassLine]
     families: list[tuple[str, Estimate]]
     error_kinds: list[tuple[str, int]]
-    warnings: list[Warning_] = field(default_factory=list)
+    warnings: list[Concern] = field(default_factory=list)
 
     @property
     def explained(self) -> Flags:
@@ -183,7 +205,7 @@ def _error_kinds(directory: Path) -> list[tuple[str, int]]:
     return Counter(pc.drop_null(read_store(directory, ["error"])["error"]).to_pylist()).most_common(12)
 
 
-def _warnings(summary: Summary) -> list[Warning_]:
+def _warnings(summary: Summary) -> list[Concern]:
     v = summary.values
     with np.errstate(invalid="ignore"):
         found = [
@@ -237,7 +259,7 @@ def _warnings(summary: Summary) -> list[Warning_]:
             ),
         ]
     return [
-        Warning_(key, chip, text, np.flatnonzero(flags & summary.explained))
+        Concern(key, chip, text, np.flatnonzero(flags & summary.explained))
         for key, chip, text, flags in found
         if (flags & summary.explained).any()
     ]
