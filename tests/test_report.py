@@ -146,6 +146,13 @@ def test_views_hold_the_rows_they_promise(store):
     assert views == choose(summarise(store), 10).views
 
 
+def test_failures_are_the_uncertified_and_the_lost(tmp_path):
+    lost = {"kept": False, "label_masked": 1}
+    rows = [row(0), row(1, status="uncertified"), row(2, **lost), row(3, status="uncertified", **lost)]
+    write(tmp_path, rows)
+    assert set(choose(summarise(tmp_path), 10).views["failures"]) == {1, 2, 3}
+
+
 # ---------------------------------------------------------------- the file
 
 
@@ -254,9 +261,9 @@ def test_a_panel_shows_image_mask_and_kept(tmp_path):
     path = write_panel(image, mask, kept, "cat · 50 %", tmp_path / "panel.png")
     panel = np.asarray(Image.open(path))
     middle = panel.shape[0] // 2
-    assert tuple(panel[middle, 28 + 112]) == (255, 0, 0)
-    assert tuple(panel[middle, 28 + 238 + 50]) == (36, 87, 214) and panel[middle, 28 + 238 + 180].min() > 200
-    assert tuple(panel[middle, 28 + 476 + 50]) == (255, 0, 0) and tuple(panel[middle, 28 + 476 + 180]) == (
+    assert tuple(panel[middle, 28 + 128]) == (255, 0, 0)
+    assert tuple(panel[middle, 28 + 270 + 50]) == (36, 87, 214) and panel[middle, 28 + 270 + 200].min() > 200
+    assert tuple(panel[middle, 28 + 540 + 50]) == (255, 0, 0) and tuple(panel[middle, 28 + 540 + 200]) == (
         128,
         128,
         128,

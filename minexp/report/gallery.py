@@ -141,7 +141,7 @@ def _card(
     if row["kept"] is False:
         badges += '<span class="badge no">class lost</span>'
     if row["truth"] is not None and row["truth"] != row["label"]:
-        badges += f'<span class="badge no">wrong: {escape(_truth(row, names))}</span>'
+        badges += f'<span class="badge no">wrong, is {escape(_truth(row, names))}</span>'
     badges += "".join(f'<span class="chip">{escape(chip)}</span>' for chip in chips.values())
     data: dict[str, Any] = {f"rank-{view}": rank for view, rank in ranks.items()}
     data |= {"name": row["label_name"] or row["label"], "id": row["id"], "flags": " ".join(chips)}

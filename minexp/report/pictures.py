@@ -17,7 +17,7 @@ Mask = npt.NDArray[np.bool_]
 
 _INK, _MUTED, _PAPER, _LINE = (29, 33, 38), (101, 109, 118), (255, 255, 255), (226, 228, 232)
 _ACCENT, _SOFT = (36, 87, 214), (232, 238, 252)  # mask pixels, and those it leaves out
-_CELL, _GAP, _EDGE = 224, 14, 28  # pixels
+_CELL, _GAP, _EDGE = 256, 14, 28  # pixels
 
 
 def image_uri(image: Pixels, side: int) -> str:
@@ -88,7 +88,7 @@ def write_montage(rows: Sequence[Panel], path: str | Path, *, columns: int = 2) 
     )
     draw = ImageDraw.Draw(sheet)
     for column in range(columns):
-        for place, title in enumerate(("image", "minimal mask", "kept: the same answer")):
+        for place, title in enumerate(("image", "minimal mask", "what is kept")):
             x = _EDGE + column * (width + _EDGE) + place * (_CELL + _GAP)
             draw.text((x, 20), title, _MUTED, _font(17))
     for index, row in enumerate(rows):
@@ -115,10 +115,10 @@ def _mask_cell(mask: Mask) -> Image.Image:
 
 
 def _scaled(picture: Image.Image, shrink: Image.Resampling) -> Image.Image:
-    """Fit into a cell; enlarged pixels stay square, because the mask is made of them."""
+    """Fit into a cell; much enlarged pixels stay square, because the mask is made of them."""
     scale = _CELL / max(picture.size)
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-    return picture.resize(size, Image.Resampling.NEAREST if scale > 1 else shrink)
+    return picture.resize(size, Image.Resampling.NEAREST if scale > 1.5 else shrink)
 
 
 def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
