@@ -277,8 +277,10 @@ def test_a_montage_takes_any_number_of_any_shape(tmp_path):
         )
         for h, w, c in [(8, 8, 3), (300, 200, 3), (5, 9, 1)]
     ]
-    one = Image.open(write_montage(panels[:1], tmp_path / "one.png")).size
-    three = Image.open(write_montage(panels, tmp_path / "three.png")).size
+    with Image.open(write_montage(panels[:1], tmp_path / "one.png")) as picture:
+        one = picture.size
+    with Image.open(write_montage(panels, tmp_path / "three.png")) as picture:
+        three = picture.size
     assert three[0] > 1.9 * one[0] and three[1] > 1.5 * one[1]
     with pytest.raises(ValueError, match="at least one"):
         write_montage([], tmp_path / "none.png")

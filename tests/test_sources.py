@@ -131,7 +131,7 @@ def test_grey_becomes_rgb(tmp_path):
 
 
 def test_palette_becomes_rgb(tmp_path):
-    image = Image.fromarray(np.array([[0, 1], [1, 0]], np.uint8), "P")
+    image = Image.fromarray(np.array([[0, 1], [1, 0]], np.uint8))
     image.putpalette([9, 8, 7, 250, 100, 50])
     assert only(save(tmp_path / "a.png", image)).image.tolist() == [
         [[9, 8, 7], [250, 100, 50]],
@@ -147,14 +147,14 @@ def test_hidden_colour_under_alpha_is_gone(tmp_path):
     assert (image[0] == 255).all()
     assert abs(int(image[1, 0, 0]) - 127) <= 1
     grey = np.dstack([np.full((2, 2), 7, np.uint8), np.array([[0, 255], [255, 0]], np.uint8)])
-    assert only(save(tmp_path / "b.png", Image.fromarray(grey, "LA"))).image[..., 0].tolist() == [
+    assert only(save(tmp_path / "b.png", Image.fromarray(grey))).image[..., 0].tolist() == [
         [255, 7],
         [7, 255],
     ]
 
 
 def test_a_transparent_palette_entry_is_white(tmp_path):
-    image = Image.fromarray(np.array([[0, 1]], np.uint8), "P")
+    image = Image.fromarray(np.array([[0, 1]], np.uint8))
     image.putpalette([255, 0, 0, 0, 0, 255])
     path = save(tmp_path / "a.png", image, transparency=0)
     assert only(path).image.tolist() == [[[255, 255, 255], [0, 0, 255]]]

@@ -35,7 +35,7 @@ def image_uri(image: Pixels, side: int) -> str:
 
 def mask_uri(mask: Mask) -> str:
     """A data URI of ``mask`` [H, W] as a picture opaque where the mask holds, for CSS to cut with."""
-    picture = Image.fromarray(np.where(mask, 0, 1).astype(np.uint8), "P")
+    picture = Image.fromarray(np.where(mask, 0, 1).astype(np.uint8))
     picture.putpalette([0, 0, 0, 255, 255, 255])
     file = io.BytesIO()
     picture.save(file, "PNG", bits=1, transparency=1, optimize=True)
