@@ -105,11 +105,29 @@ class Demo(Command):
 
     out: Path = Path("out/demo")
     """Directory for everything that is made; a second run goes on from what is there."""
+    variant: Literal["plain", "shortcut", "mosaic", "segments"] = "plain"
+    """plain scenes; a corner patch that gives the class away; a 3×3 mosaic where one tile decides, of digits or segments."""
+    images: int = 1000
+    """Held-out scenes to explain."""
+    scenes: int = 12_000
+    """Scenes to train the classifier on."""
+    steps: int = 1200
+    """Training steps of the masker."""
+    seed: int = 0
+    """Seed of everything random."""
 
     def run(self) -> int:
         from . import demo
 
-        summary = demo.run(self.out, quiet=self.quiet or self.json)
+        summary = demo.run(
+            self.out,
+            variant=self.variant,
+            images=self.images,
+            scenes=self.scenes,
+            steps=self.steps,
+            seed=self.seed,
+            quiet=self.quiet or self.json,
+        )
         if self.json:
             print(json.dumps(summary))
         return DONE

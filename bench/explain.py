@@ -1,0 +1,85 @@
+"""Cost of a fast explanation in classifier passes: masker, masks, predicate and certificate on k backgrounds.
+
+Weights are random and the masker keeps everything, as before its training, so that the predicate holds at once: what
+is timed is the work every explanation needs, without repair. `bound` and `ratio` are of time / ((2 + k) × forward).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from minexp.backgrounds import HELD_OUT, OTHER, TRAINING
+from minexp.certify import PER_FAMILY, Predicate
+from minexp.classifier import Classifier
+from minexp.data.subjects import SceneNet
+from minexp.explanation import explain, make_backgrounds
+from minexp.masker import Architecture, Masker
+from minexp.specs import build
+
+BOUND = 1.35
+REPEATS = 5
+
+
+def measure(quiet: bool) -> list[dict[str, Any]]:
+    """Rows for the built-in scenes' classifier at 64² and, where torchvision is installed, ResNet-18 at 224²."""
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    cases = [("scenes", Classifier(SceneNet(10).to(device), size=64), 32)]
+    if importlib.util.find_spec("torchvision") is not None:
+        built = build("torchvision:resnet18", num_classes=None, pretrained=False, trust_model=False)
+        cases.append(("resnet18", Classifier(built.model.to(device), preprocessing=built.preprocessing), 4))
+    return [row for name, classifier, batch in cases for row in _rows(name, classifier, batch, quiet)]
+
+
+def _rows(name: str, classifier: Classifier, batch: int, quiet: bool) -> list[dict[str, Any]]:
+    channels, height, width = classifier.input_shape
+    masker = (
+        Masker(Architecture(channels=channels, stride=2 if height < 128 else 4)).to(classifier.device).eval()
+    )
+    masker.reference = torch.randint(0, 256, (8, channels, height, width), dtype=torch.uint8).to(
+        classifier.device
+    )
+    x = torch.rand(batch, channels, height, width, device=classifier.device)
+    backgrounds = make_backgrounds(classifier, masker)  # once a job, as in `minexp explain`
+    k = Predicate().draws + PER_FAMILY * len([*TRAINING, *HELD_OUT, OTHER])
+    calls: dict[str, Callable[[], Any]] = {
+        "forward": lambda: _forward(classifier, x),
+        "masker": lambda: masker.probabilities(x),
+        "fast": lambda: explain(classifier, x, masker, backgrounds=backgrounds),
+    }
+    rows = []
+    for mode, call in calls.items():
+        if not quiet:
+            print(f"{name}: {mode}", file=sys.stderr)
+        low, middle, high = _quantiles(call, classifier.device.type)
+        row = {"op": f"explain {name}", "provider": f"torch-{classifier.device.type}", "mode": mode}
+        row |= {"shape": f"{batch}x{channels}x{height}x{width}", "threads": torch.get_num_threads()}
+        rows.append(row | {"p20": low, "p50": middle, "p80": high})
+    rows[-1] |= {"k": k, "bound": BOUND, "ratio": rows[-1]["p50"] / ((2 + k) * rows[0]["p50"])}
+    return rows
+
+
+def _forward(classifier: Classifier, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return classifier.logits(x)
+
+
+def _quantiles(call: Callable[[], Any], device: str) -> tuple[float, float, float]:
+    """20th, 50th and 80th percentile in milliseconds, after one call to warm up."""
+    times = []
+    for repeat in range(REPEATS + 1):
+        started = time.perf_counter()
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        if repeat:
+            times.append((time.perf_counter() - started) * 1000)
+    low, middle, high = (statistics.quantiles(times, n=10)[place] for place in (1, 4, 7))
+    return low, middle, high

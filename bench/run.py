@@ -1,0 +1,51 @@
+"""Benchmark suites of this folder: `python bench/run.py explain [--json] [--quiet]`, or `minexp bench explain`.
+
+A suite is a module here with `measure(quiet: bool) -> list[dict]`; its rows have the columns below, times in ms.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+COLUMNS = ("op", "provider", "mode", "shape", "threads", "p20", "p50", "p80", "bound", "ratio")
+SUITES = ("kernels", "explain")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one suite and print its rows as a table or as JSON."""
+    parser = argparse.ArgumentParser(prog="bench/run.py", description=__doc__.splitlines()[0])
+    parser.add_argument("suite", choices=SUITES)
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON")
+    parser.add_argument("--quiet", action="store_true", help="print no progress")
+    options = parser.parse_args(argv)
+    folder = str(Path(__file__).resolve().parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    rows = importlib.import_module(options.suite).measure(options.quiet)
+    print(json.dumps(rows) if options.json else table(rows))
+    return 0
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as aligned text; a figure that a suite does not have stays blank."""
+    cells = [list(COLUMNS)] + [[_cell(row.get(column)) for column in COLUMNS] for row in rows]
+    widths = [max(len(line[index]) for line in cells) for index in range(len(COLUMNS))]
+    return "\n".join(
+        "  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)) for line in cells
+    )
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
