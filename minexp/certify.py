@@ -32,7 +32,7 @@ class Predicate:
 
     kind: Literal["top1", "score", "robust"] = "robust"
     rho: float = 0.95
-    draws: int = 10
+    draws: int = 20
     tau: float = 0.5
 
     def __post_init__(self) -> None:

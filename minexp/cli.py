@@ -106,7 +106,7 @@ class Demo(Command):
     out: Path = Path("out/demo")
     """Directory for everything that is made; a second run goes on from what is there."""
     variant: Literal["plain", "shortcut", "mosaic", "segments"] = "plain"
-    """plain scenes; a corner patch that gives the class away; a 3×3 mosaic where one tile decides, of digits or segments."""
+    """plain; shortcut: a corner patch gives the class away; mosaic: one tile of 3×3 decides; segments: likewise."""
     images: int = 1000
     """Held-out scenes to explain."""
     scenes: int = 12_000
@@ -207,7 +207,7 @@ class Explain(WithModel):
     """What a mask has to do: keep the class on random backgrounds, on the plain background, or keep its probability."""
     rho: float = 0.95
     """With robust: share of the random backgrounds on which the class has to stay."""
-    draws: int = 10
+    draws: int = 20
     """With robust: number of random backgrounds."""
     tau: float = 0.5
     """With score: the probability to reach."""

@@ -24,7 +24,7 @@ KEEP_ALL = 2.0  # bias of the output: p = .88 everywhere at the start, so that t
 
 @dataclass(frozen=True)
 class Architecture:
-    """channels: input channels; widths: one a resolution, each half the last; stride: pixels a logit covers (2 or 4)."""
+    """channels: input channels; widths: one a resolution; stride: pixels a logit covers (2 or 4)."""
 
     channels: int = 3
     widths: tuple[int, ...] = (12, 24, 40, 72)

@@ -32,19 +32,19 @@ class Objective:
     target: the share of images whose decision should hold under random backgrounds (dual only).
     """
 
-    act: float = 1.0
-    ce: float = 1.0
+    act: float = 0.1
+    ce: float = 2.0
     kl: float = 0.5
     area: float = 1.0
-    crisp: float = 0.2
-    tv: float = 2.0
-    rob: float = 2.0
+    crisp: float = 0.5
+    tv: float = 4.0
+    rob: float = 4.0
     match: Match = "kl"
     layer_weights: tuple[float, ...] | None = None
     axis: str = "all"
     dual: bool = True
     target: float = 0.97
-    dual_rate: float = 0.05
+    dual_rate: float = 0.1
     dual_range: tuple[float, float] = (0.05, 40.0)
     soft: float = 0.6
 
@@ -52,7 +52,7 @@ class Objective:
 PRESETS: dict[str, Objective] = {
     "default": Objective(),
     # the plain weighted sum: nothing adapts, the area weight is what it says
-    "kl": Objective(dual=False, area=4.0),
+    "kl": Objective(dual=False, area=15.0),
 }
 
 

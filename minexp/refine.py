@@ -14,7 +14,6 @@ from .masker import KEEP_ALL, straight_through
 from .objective import PRESETS, Objective, evaluate_terms, make_target
 from .repair import Masks, threshold_masks
 
-
 _OBJECTIVE = replace(PRESETS["default"], soft=0.5)
 
 

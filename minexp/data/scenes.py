@@ -226,7 +226,7 @@ def _digit_scene(
     split: Split,
     *,
     scale: tuple[float, float] = (26, 34),
-    contrast: float = 0.42,
+    contrast: float = 0.52,
 ) -> _Part:
     labels = torch.randint(10, (n,), generator=rng)
     image = _strokes(_texture(n, rng, SIZE), rng, 4)
@@ -284,7 +284,7 @@ def _mosaic_scene(n: int, rng: torch.Generator, split: Split) -> _Part:
     side = _uniform(rng, n * cells, low=18, high=23)
     tilt, shear = (_uniform(rng, n * cells, low=-0.15, high=0.15) for _ in range(2))
     opacity = _place(_pick(rng, split, digits.flatten()), centre, side, tilt, shear, TILE)
-    tiles = _blend(tiles, opacity, _contrasting(tiles, opacity, rng, 0.42))
+    tiles = _blend(tiles, opacity, _contrasting(tiles, opacity, rng, 0.52))
 
     def assemble(t: Tensor) -> Tensor:
         channels = t.shape[1]
