@@ -17,6 +17,7 @@ from torch import Tensor
 from .backgrounds import HELD_OUT, OTHER, TRAINING, Backgrounds
 from .classifier import Classifier
 from .errors import RequestError
+from .intervals import wilson
 from .regions import border_share, components
 
 PER_FAMILY = 4  # certificate draws a family
@@ -101,16 +102,6 @@ class Certificate:
             f"robust {self.robust_train:.2f} [{self.robust_train_low:.2f}, {self.robust_train_high:.2f}] · "
             f"held-out {self.robust_heldout:.2f} · {verdict}: {self.predicate}"
         )
-
-
-def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """95 % Wilson score interval of a proportion (Wilson 1927); (0, 1) for no draws."""
-    if n == 0:
-        return 0.0, 1.0
-    p = successes / n
-    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def default_micro_batch(shape: tuple[int, int, int]) -> int:

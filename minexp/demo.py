@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +18,13 @@ from .certify import Predicate
 from .classifier import Classifier
 from .data import scenes as scene_data
 from .data import subjects
+from .data.files import replacing, write_text
 from .data.scenes import Scenes, Variant
 from .data.sources import open_source
 from .data.store import read_rows, read_store, unpack_mask
 from .errors import RequestError
 from .jobs.local import explain_dataset
-from .masker import Masker, load_masker, replace_synced
+from .masker import Masker, load_masker
 from .objective import preset
 from .report import Figure, Panel, Section, write_montage, write_report
 from .training import fit
@@ -75,9 +75,8 @@ def run(
     say.stage(f"masker alone: keeps {alone['area']:.1%} of the pixels, decision kept in {alone['kept']:.1%}")
     data = out / "scenes.npz"
     if not _same_scenes(data, held_out):
-        temporary = out / f".scenes.{os.getpid()}.npz"
-        np.savez(temporary, images=held_out.images, labels=held_out.labels)
-        replace_synced(temporary, data)
+        with replacing(data) as temporary:
+            np.savez(temporary, images=held_out.images, labels=held_out.labels)
     summary = explain_dataset(
         classifier,
         open_source(str(data)),
@@ -112,9 +111,7 @@ def run(
         sections=_sections(out, held_out, masks, truth, alone, result),
     )
     result |= {"report": str(page), "opening": str(opening), "total_seconds": round(say.seconds(), 1)}
-    temporary = out / f".summary.{os.getpid()}.json"
-    temporary.write_text(json.dumps(result, indent=1) + "\n")
-    replace_synced(temporary, out / "summary.json")
+    write_text(out / "summary.json", json.dumps(result, indent=1) + "\n")
     say.table(result)
     return result
 
@@ -174,10 +171,9 @@ def _classifier(out: Path, settings: dict[str, Any], say: _Narrator) -> Classifi
             seed=settings["seed"],
             progress=not say.quiet,
         )
-        about.write_text(json.dumps(settings) + "\n")
-        temporary = out / f".classifier.{os.getpid()}"
-        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, temporary)
-        replace_synced(temporary, path)
+        write_text(about, json.dumps(settings) + "\n")
+        with replacing(path) as temporary:
+            save_file({k: v.contiguous() for k, v in model.state_dict().items()}, temporary)
     return subjects.classifier(model.eval(), variant)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .classifier import Classifier
+from .data.files import replacing, write_text
 from .errors import RequestError
 
 FORMAT = "minexp.masker/1"
@@ -74,9 +74,7 @@ class Masker(nn.Module):
                 for d in (1, 2)
             )
         )
-        self.narrow = nn.ModuleList(
-            nn.Conv2d(i, o, 1, bias=False) for o, i in pairwise(widths)
-        )
+        self.narrow = nn.ModuleList(nn.Conv2d(i, o, 1, bias=False) for o, i in pairwise(widths))
         self.up = nn.ModuleList(_conv(o, o) for o in widths[:-1])
         self.head = nn.Conv2d(widths[0], 1, 3, padding=1)
         nn.init.zeros_(self.head.weight)
@@ -123,15 +121,11 @@ class Masker(nn.Module):
     def save(self, path: str | Path) -> None:
         """Write weights to ``path`` (.safetensors) and what they are to the .json beside it, both atomically."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
         about = {"format": FORMAT, "architecture": asdict(self.architecture), **self.metadata}
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        save_file(state, temporary, metadata={"minexp": json.dumps(about)})
-        replace_synced(temporary, path)
-        temporary = path.with_name(f".{path.stem}.json.{os.getpid()}")
-        temporary.write_text(json.dumps(about, indent=1) + "\n")
-        replace_synced(temporary, path.with_suffix(".json"))
+        with replacing(path) as temporary:
+            save_file(state, temporary, metadata={"minexp": json.dumps(about)})
+        write_text(path.with_suffix(".json"), json.dumps(about, indent=1) + "\n")
 
     @staticmethod
     def load(path: str | Path) -> Masker:
@@ -178,13 +172,6 @@ def load_masker(path: str | Path, classifier: Classifier) -> Masker:
             f"{classifier.fingerprint[:12]}); fit one for this model with `minexp fit`"
         )
     return masker.to(classifier.device)
-
-
-def replace_synced(temporary: Path, final: Path) -> None:
-    """Rename a finished temporary file into place, its bytes safely on disk first."""
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, final)
 
 
 def straight_through(p: Tensor, threshold: float = 0.5) -> Tensor:

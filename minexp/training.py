@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -22,8 +21,9 @@ from tqdm import tqdm
 
 from .backgrounds import random_mixture
 from .classifier import Classifier
+from .data.files import replacing
 from .errors import RequestError
-from .masker import Architecture, Masker, replace_synced, straight_through
+from .masker import Architecture, Masker, straight_through
 from .objective import AreaDual, Objective, evaluate_terms, make_target, preset
 
 REFERENCES = 32  # images stored with the masker, for the backgrounds of explanations
@@ -227,9 +227,8 @@ class _Checkpoint:
             "area_weight": run.dual.value,
             "curve": [list(asdict(s).values()) for s in run.curve],
         }
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        save_file(state, temporary, metadata={"minexp": json.dumps(about)})
-        replace_synced(temporary, self.path)
+        with replacing(self.path) as temporary:
+            save_file(state, temporary, metadata={"minexp": json.dumps(about)})
 
     def restore(self, run: _Run) -> bool:
         if not self.path.is_file():
@@ -328,12 +327,10 @@ def write_curve(curve: list[Step], out: Path) -> None:
     """The training curve as CSV and, drawn with Pillow, as PNG beside the masker."""
     from .report.curve import draw_curve
 
-    temporary = out.with_name(f".{out.stem}.csv.{os.getpid()}")
-    with open(temporary, "w", newline="") as file:
+    with replacing(out.with_suffix(".csv")) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(Step.__annotations__)
         writer.writerows(asdict(s).values() for s in curve)
-    replace_synced(temporary, out.with_suffix(".csv"))
     draw_curve(
         {name: [getattr(s, name) for s in curve] for name in ("area", "kept", "robust")},
         out.with_suffix(".png"),

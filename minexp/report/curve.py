@@ -1,11 +1,12 @@
 """A training curve as a PNG, drawn with Pillow alone."""
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from ..data.files import replacing
 
 _COLOURS = ((31, 119, 180), (214, 96, 20), (44, 140, 60), (148, 80, 170))
 _INK, _FAINT = (60, 60, 60), (222, 222, 222)
@@ -60,6 +61,5 @@ def draw_curve(
             y += 4 * scale
         labels.append(y)
         draw.text((x + 8 * scale, y), f"{name} {line[-1]:.2f}", colour, font, anchor="lm")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    image.resize(size, Image.Resampling.LANCZOS).save(temporary, "PNG")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        image.resize(size, Image.Resampling.LANCZOS).save(temporary, "PNG")

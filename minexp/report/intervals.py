@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-_Z = 1.959964  # 97.5 % quantile of the normal distribution
+from ..intervals import Z95, wilson
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ def mean_of(
     mean = float(finite.mean())
     if len(finite) == 1:
         return Estimate(mean, None, None, 1)
-    half = _Z * float(finite.std(ddof=1)) / math.sqrt(len(finite))
+    half = Z95 * float(finite.std(ddof=1)) / math.sqrt(len(finite))
     low, high = mean - half, mean + half
     if bounds is not None:
         low, high = max(low, bounds[0]), min(high, bounds[1])
@@ -40,7 +40,4 @@ def share_of(hits: int, n: int) -> Estimate | None:
     """A proportion with its Wilson 95 % interval (Wilson 1927); None of nothing."""
     if n == 0:
         return None
-    p, zz = hits / n, _Z * _Z
-    middle = (p + zz / (2 * n)) / (1 + zz / n)
-    half = _Z * math.sqrt(p * (1 - p) / n + zz / (4 * n * n)) / (1 + zz / n)
-    return Estimate(p, max(0.0, middle - half), min(1.0, middle + half), n)
+    return Estimate(hits / n, *wilson(hits, n), n)
