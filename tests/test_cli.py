@@ -69,7 +69,7 @@ def test_every_command_has_help_with_one_example(name: str, capsys: pytest.Captu
             ["explain", "--model", "m", "--data", "d", "--out", "o", "--effort", "slow"],
             "invalid choice 'slow'",
         ),
-        (["explain", "--model", "m", "--data", "d", "--out", "o", "--engine", "ray"], "Unrecognized options: --engine, ray;"),
+        (["explain", "--model", "m", "--data", "d", "--out", "o", "--ray"], "Unrecognized options: --ray;"),
         (["fit", "--model", "m", "--data", "d", "--out", "o", "--steps", "many"], "invalid literal"),
         (["report", "/nonexistent"], "no explanations in /nonexistent"),
         (["verify", "/nonexistent"], "no explanations in /nonexistent"),
