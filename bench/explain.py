@@ -31,7 +31,10 @@ def measure(quiet: bool) -> list[dict[str, Any]]:
     """Rows for the built-in scenes' classifier at 64² and, where torchvision is installed, ResNet-18 at 224²."""
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    net = SceneNet(10).to(device, memory_format=torch.channels_last)  # as the demo runs it
+    net = SceneNet(10).to(device)
+    for parameter in net.parameters():
+        if parameter.ndim == 4:  # as the demo runs it
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     cases = [("scenes", Classifier(net, size=64), 64)]
     if importlib.util.find_spec("torchvision") is not None:
         built = build("torchvision:resnet18", num_classes=None, pretrained=False, trust_model=False)
@@ -60,7 +63,11 @@ def _rows(name: str, classifier: Classifier, batch: int, quiet: bool) -> list[di
     for mode, measured in times.items():
         passes = 2 + k if mode == "forward" else 1
         low, middle, high = (statistics.quantiles(measured, n=10)[place] / passes for place in (1, 4, 7))
-        row = {"op": f"explain {name}", "provider": f"torch-{classifier.device.type}", "mode": mode}
+        row: dict[str, Any] = {
+            "op": f"explain {name}",
+            "provider": f"torch-{classifier.device.type}",
+            "mode": mode,
+        }
         row |= {"shape": f"{batch}x{channels}x{height}x{width}", "threads": torch.get_num_threads()}
         rows.append(row | {"p20": low, "p50": middle, "p80": high})
     ratios = [fast / passes for fast, passes in zip(times["fast"], times["forward"], strict=True)]
