@@ -125,7 +125,7 @@ std::tuple<Tensor, Tensor, Tensor> edge_threshold_cpu(
     source = torch::stable::new_empty(energy, {starts[rows.count()]}, ScalarType::Long);
     values = torch::stable::new_empty(energy, {starts[rows.count()]});
     each_row([&](int64_t at, const Row<Real>& row, Scratch<Real>& scratch) {
-      const int64_t found = compact(scratch.keys.data(), row.width, least, row.width, scratch.places.data());
+      const int64_t found = compact(scratch.keys.data(), row.width, least, scratch.places.data());
       for (int64_t j = 0; j < found; ++j) {
         const int64_t i = scratch.places[j];
         data<int64_t>(source)[starts[at] + j] = i + row.first_source;
@@ -171,7 +171,7 @@ std::tuple<Tensor, Tensor> edge_select_cpu(
           int64_t ties = n - at_least(least + 1);  // of the n-th itself, only as many as are needed
           each_row([&](const Row<Real>& row, int64_t first, K largest) {
             if (largest < least) return;
-            const int64_t found = compact(keys, row.width, least, row.width, scratch.places.data());
+            const int64_t found = compact(keys, row.width, least, scratch.places.data());
             for (int64_t j = 0; j < found; ++j) {
               const int64_t i = scratch.places[j];
               if (keys[i] > least || ties-- > 0) kept.emplace_back(keys[i], first + i);

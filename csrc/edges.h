@@ -10,6 +10,11 @@
 
 #include "simd.h"
 
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#define MINEXP_X86
+#endif
+
 namespace minexp {
 
 template <class Real>
@@ -107,33 +112,65 @@ K lower_bound_of_top(K top, int64_t k, int64_t slack, Counter counter) {
   return low;
 }
 
-// Places (ascending) of at most `room` keys at or above `least`; ties at `least` itself give way to what is larger.
+// Places (ascending) of the keys at or above `least`, and how many; `places` needs room for n + 1.
 template <class K>
-int64_t compact(const K* keys, int64_t n, K least, int64_t room, int32_t* places) {
+int64_t compact(const K* keys, int64_t n, K least, int32_t* places) {
   int64_t found = 0;
-  for (int64_t i = 0; i < n; ++i) {
+  for (int64_t i = 0; i < n; ++i) {  // no branch: what is not wanted is overwritten by the next
     places[found] = int32_t(i);
     found += keys[i] >= least;
-    if (found > room) break;
   }
-  if (found <= room) return found;
-  found = 0;
-  for (int64_t i = 0; i < n; ++i)
-    if (keys[i] > least) places[found++] = int32_t(i);
-  int64_t ties = room - found;
-  for (int64_t i = 0; ties > 0 && i < n; ++i)
-    if (keys[i] == least) places[found++] = int32_t(i), --ties;
-  std::sort(places, places + found);
   return found;
 }
+
+#if defined(MINEXP_X86)
+__attribute__((target("avx512f"))) inline int64_t compact_by_vectors(const uint32_t* keys, int64_t n, uint32_t least, int32_t* places) {
+  const __m512i bound = _mm512_set1_epi32(int(least));
+  __m512i place = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  int64_t found = 0;
+  for (int64_t i = 0; i < n; i += 16, place = _mm512_add_epi32(place, _mm512_set1_epi32(16))) {
+    const __mmask16 inside = n - i < 16 ? __mmask16((1 << (n - i)) - 1) : __mmask16(-1);
+    const __mmask16 wanted = _mm512_mask_cmpge_epu32_mask(inside, _mm512_maskz_loadu_epi32(inside, keys + i), bound);
+    _mm512_mask_compressstoreu_epi32(places + found, wanted, place);
+    found += __builtin_popcount(wanted);
+  }
+  return found;
+}
+
+inline int64_t compact(const uint32_t* keys, int64_t n, uint32_t least, int32_t* places) {
+  static const bool by_vectors = __builtin_cpu_supports("avx512f");
+  return by_vectors ? compact_by_vectors(keys, n, least, places) : compact<uint32_t>(keys, n, least, places);
+}
+#endif
+
+constexpr int kLanes = 16;
+
+// ranks[i] = how many come before i when the largest comes first and equal ones stay in order; both arrays have room
+// for a multiple of 16.
+template <class K>
+MINEXP_INLINE void ranks_of(const K* keys, int32_t n, int32_t* ranks) {
+  for (int32_t i = 0; i < n; i += kLanes) {
+    int32_t before[kLanes] = {};
+    for (int32_t j = 0; j < n; ++j)
+#pragma omp simd
+      for (int lane = 0; lane < kLanes; ++lane)
+        before[lane] += (keys[j] > keys[i + lane]) | ((keys[j] == keys[i + lane]) & (j < i + lane));
+    std::copy_n(before, kLanes, ranks + i);
+  }
+}
+
+MINEXP_CLONES static void rank(const uint32_t* keys, int32_t n, int32_t* ranks) { ranks_of(keys, n, ranks); }
+static inline void rank(const uint64_t* keys, int32_t n, int32_t* ranks) { ranks_of(keys, n, ranks); }
 
 // Working memory of one thread.
 template <class Real>
 struct Scratch {
   std::vector<Key<Real>> keys, found;
-  std::vector<int32_t> places;
-  explicit Scratch(int64_t width) : keys(width), found(width), places(width + 1) {}
+  std::vector<int32_t> places, ranks;
+  explicit Scratch(int64_t width) : keys(width), found(width + kLanes), places(width + 1), ranks(width + kLanes) {}
 };
+
+constexpr int64_t kRanked = 160;  // up to here counting beats sorting
 
 // The k largest of scratch.keys, largest first, equal ones by place: their places go to `out`; how many there are.
 template <class Real>
@@ -143,27 +180,21 @@ int64_t largest(Scratch<Real>& scratch, Key<Real> top, int64_t width, int64_t k,
   const int64_t slack = k / 2 + 8;
   if (top == 0) return 0;
   const K least = lower_bound_of_top(top, k, slack, [&](K at) { return count(keys, width, at); });
-  const int64_t m = compact(keys, width, least, std::max(k, std::min(width, k + slack)), scratch.places.data());
   int32_t* places = scratch.places.data();
-  if (m > 96) {
+  const int64_t m = compact(keys, width, least, places);
+  if (m > kRanked) {  // many wanted, or many ties
     std::stable_sort(places, places + m, [&](int32_t i, int32_t j) { return keys[i] > keys[j]; });
     std::copy_n(places, std::min(m, k), out);
     return std::min(m, k);
   }
-  K* found = scratch.found.data();
-  for (int64_t i = 0; i < m; ++i) found[i] = keys[places[i]];
-  for (int64_t i = 0; i < m; ++i) {  // places ascend, so an equal key further left comes first
-    int64_t rank = 0;
-    for (int64_t j = 0; j < i; ++j) rank += found[j] >= found[i];
-    for (int64_t j = i + 1; j < m; ++j) rank += found[j] > found[i];
-    if (rank < k) out[rank] = places[i];
-  }
+  for (int64_t i = 0; i < m; ++i) scratch.found[i] = keys[places[i]];
+  rank(scratch.found.data(), int32_t(m), scratch.ranks.data());
+  for (int64_t i = 0; i < m; ++i)
+    if (scratch.ranks[i] < k) out[scratch.ranks[i]] = places[i];
   return std::min(m, k);
 }
 
 // ---- Position-aware scores ---------------------------------------------------------------------------------------
-
-constexpr int kLanes = 16;
 
 // For 16 targets: scores[lane] = sum over positions p of |sum over taps t of weight[t * pitch + lane] * patch[t, p]|.
 // positions must be a multiple of 8 (zeros add nothing).
