@@ -20,7 +20,7 @@ help:
 demo: $(VENV)/stamp
 	$(BIN)/minexp demo --out $(OUT)
 
-test: $(VENV)/stamp
+test: $(VENV)/stamp $(VENV)/vision
 	$(BIN)/python -m pytest -q
 
 check: $(VENV)/stamp
@@ -28,7 +28,7 @@ check: $(VENV)/stamp
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-venv: $(VENV)/stamp
+venv: $(VENV)/stamp $(VENV)/vision
 
 # The environment without the package: made again only when a pinned version changes.
 $(VENV)/base: constraints.txt
@@ -37,7 +37,12 @@ $(VENV)/base: constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { \
 		$(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install pip; }
 	$(PIP) install -q -c constraints.txt torch numpy setuptools ninja
-	$(PIP) install -q -c constraints.txt --no-deps torchvision
+	@touch $@
+
+# What `--model torchvision:…`, `timm:…` and `hf:…` load; --no-deps, because torchvision and timm would choose a torch.
+$(VENV)/vision: $(VENV)/base
+	$(PIP) install -q -c constraints.txt --no-deps torchvision timm
+	$(PIP) install -q -c constraints.txt transformers
 	@touch $@
 
 # --no-build-isolation: the extension is compiled against the torch installed here. Where that fails, the package
