@@ -164,6 +164,7 @@ class Fit(WithModel):
         from .data.sources import open_source
         from .training import fit
 
+        _at_least_one("--batch", self.batch)
         source = open_source(self.data, limit=self.limit)
         classifier = self.classifier()
         masker = fit(
@@ -228,6 +229,7 @@ class Explain(WithModel):
         from .jobs.local import explain_dataset
         from .masker import load_masker
 
+        _at_least_one("--batch", self.batch)
         source = open_source(self.data, limit=self.limit)
         classifier = self.classifier()
         masker = None if self.masker is None else load_masker(self.masker, classifier)
@@ -264,6 +266,7 @@ class Report(Command):
     def run(self) -> int:
         from .report import write_report
 
+        _at_least_one("--gallery", self.gallery)
         page = write_report(self.directory, out=self.out, gallery=self.gallery)
         self.show({"report": str(page)}, str(page))
         return DONE
@@ -352,6 +355,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MinexpError as error:
         print(f"minexp: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(
+            f"minexp: {error.filename}: {error.strerror}; give a path that can be read or written",
+            file=sys.stderr,
+        )
+        return REQUEST
     except KeyboardInterrupt:
         print("minexp: interrupted; the same command again goes on from here", file=sys.stderr)
         return INTERRUPTED
@@ -423,6 +434,11 @@ def _verdict(problems: Sequence[str], shards: Sequence[dict[str, Any]]) -> dict[
 def _table(summary: dict[str, Any]) -> str:
     width = max(map(len, summary))
     return "\n".join(f"{key.replace('_', ' '):<{width}}  {value}" for key, value in summary.items())
+
+
+def _at_least_one(option: str, value: int) -> None:
+    if value < 1:
+        raise RequestError(f"{option} is {value}; give at least 1")
 
 
 def _lines(path: Path) -> list[str]:

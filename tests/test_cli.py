@@ -71,6 +71,19 @@ def test_every_command_has_help_with_one_example(name: str, capsys: pytest.Captu
         ),
         (["explain", "--model", "m", "--data", "d", "--out", "o", "--ray"], "Unrecognized options: --ray;"),
         (["fit", "--model", "m", "--data", "d", "--out", "o", "--steps", "many"], "invalid literal"),
+        (
+            ["explain", "--model", "m", "--data", "d", "--out", "o", "--batch", "0"],
+            "--batch is 0; give at least 1",
+        ),
+        (
+            ["fit", "--model", "m", "--data", "d", "--out", "o", "--batch", "-3"],
+            "--batch is -3; give at least 1",
+        ),
+        (["report", "x", "--gallery", "0"], "--gallery is 0; give at least 1"),
+        (
+            ["explain", "--model", "m", "--data", __file__, "--out", "o", "--size", "1", "2", "3"],
+            "--size takes one side",
+        ),
         (["report", "/nonexistent"], "no explanations in /nonexistent"),
         (["verify", "/nonexistent"], "no explanations in /nonexistent"),
         (["explain", "--model", "m", "--data", "/nonexistent", "--out", "o"], "/nonexistent is not there"),
@@ -135,3 +148,12 @@ def test_verify_counts_single_rows_and_duplicates() -> None:
     assert cli._verdict(problems, shards) == {"rows": 6, "ok": 4, "bad": 1, "duplicates": 1}
     problems += ["shard-00001.parquet: missing", "shard-00001.parquet: id 'd': no mask"]
     assert cli._verdict(problems, shards) == {"rows": 6, "ok": 2, "bad": 3, "duplicates": 1}
+
+
+def test_a_place_that_cannot_be_written_is_a_wrong_request(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    code, _, err = call("report", store, "--out", tmp_path / "file" / "page.html", capsys=capsys)
+    assert code == 2
+    assert err.count("\n") == 1 and "file" in err and "give a path" in err
