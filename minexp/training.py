@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -81,7 +81,6 @@ def fit(
     run = _Run(classifier, masker, objective, pixels, steps, batch, lr, seed)
     checkpoint = _Checkpoint(Path(out), run.identity(preset_name)) if out is not None else None
     resumed = checkpoint.restore(run) if checkpoint is not None and resume else False
-    started = time.perf_counter()
     with classifier.frozen(), tqdm(total=steps, initial=run.step, desc="masker", disable=not progress) as bar:
         while run.step < steps:
             record = run.advance()
@@ -108,7 +107,7 @@ def fit(
         "lr": lr,
         "seed": seed,
         "images": len(pixels),
-        "seconds": round(run.seconds + time.perf_counter() - started, 2),
+        "seconds": round(run.seconds + time.perf_counter() - run.started, 2),
         "resumed": resumed,
         "metrics": metrics,
     }
@@ -139,7 +138,7 @@ class _Run:
         self.optimiser = torch.optim.AdamW(masker.parameters(), lr=lr, weight_decay=1e-4)
         self.dual = AreaDual(objective)
         self.step = 0
-        self.seconds = 0.0
+        self.seconds, self.started = 0.0, time.perf_counter()  # seconds: of the processes before this one
         self.curve: list[Step] = []
 
     def identity(self, preset_name: str) -> dict[str, Any]:
@@ -225,6 +224,7 @@ class _Checkpoint:
             "identity": self.identity,
             "step": run.step,
             "area_weight": run.dual.value,
+            "seconds": run.seconds + time.perf_counter() - run.started,
             "curve": [list(asdict(s).values()) for s in run.curve],
         }
         with replacing(self.path) as temporary:
@@ -233,14 +233,19 @@ class _Checkpoint:
     def restore(self, run: _Run) -> bool:
         if not self.path.is_file():
             return False
-        with safe_open(self.path, "pt") as file:
-            about = json.loads(file.metadata()["minexp"])
-        if about["identity"] != self.identity:
+        try:
+            with safe_open(self.path, "pt") as file:
+                about = json.loads((file.metadata() or {}).get("minexp", "{}"))
+            state = load_file(self.path)
+        except (SafetensorError, OSError) as error:
+            raise RequestError(
+                f"{self.path}: not a readable checkpoint ({error}); delete it, or give --no-resume"
+            ) from error
+        if about.get("identity") != self.identity:
             raise RequestError(
                 f"{self.path}: checkpoint of another fit (model, data or settings differ); "
                 "finish that one, delete it, or give --no-resume"
             )
-        state = load_file(self.path)
         run.masker.load_state_dict({k[7:]: v for k, v in state.items() if k.startswith("masker.")})
         moments: dict[int, dict[str, Tensor]] = {}
         for key, value in state.items():
@@ -250,6 +255,7 @@ class _Checkpoint:
         run.optimiser.load_state_dict({**run.optimiser.state_dict(), "state": moments})
         run.step = about["step"]
         run.dual.value = about["area_weight"]
+        run.seconds = about["seconds"]
         run.curve = [Step(*values) for values in about["curve"]]
         return True
 
@@ -262,7 +268,8 @@ def as_pixels(images: Any, classifier: Classifier, *, progress: bool = False) ->
     if isinstance(images, Tensor):
         pixels = images if images.dtype == torch.uint8 else (images.clamp(0, 1) * 255).round().to(torch.uint8)
     elif isinstance(images, np.ndarray):
-        pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
+        pixels = torch.from_numpy(images)
+        pixels = pixels.permute(0, 3, 1, 2) if pixels.ndim == 4 else pixels
     else:
         bar = tqdm(images, desc="reading", disable=not progress, leave=False)
         ready = [classifier.preprocessing.pixels(i.image) for i in bar if i.image is not None]
