@@ -34,7 +34,7 @@ venv: $(VENV)/stamp $(VENV)/vision
 $(VENV)/base: constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.10 or newer is needed and none is on the PATH" >&2; exit 2; }
 	@# Some systems ship Python without venv's own copy of pip; the system's pip then installs one.
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { \
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { \
 		$(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install pip; }
 	$(PIP) install -q -c constraints.txt torch numpy setuptools ninja
 	@touch $@
@@ -50,7 +50,8 @@ $(VENV)/vision: $(VENV)/base
 $(VENV)/stamp: $(VENV)/base $(INPUTS)
 	@command -v $${CXX:-c++} >/dev/null || \
 		echo "minexp: no C++ compiler found; the operators will run on plain PyTorch (slower, same results)"
-	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[dev]' || { \
+	@echo "minexp: installing into $(VENV)"
+	@$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[dev]' || { \
 		echo "minexp: the C++ extension did not build; the operators will run on plain PyTorch"; \
 		MINEXP_BUILD=0 $(PIP) install -q -c constraints.txt --no-build-isolation -e '.[dev]'; }
 	@touch $@
