@@ -6,7 +6,7 @@ import json
 import math
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -63,10 +63,12 @@ class Certificate:
     """What was measured of one hard mask; names and meaning as in the store's columns.
 
     Shares are in [0, 1]; each robust share comes with its 95 % Wilson interval and number of draws.
-    ``certified``: the predicate holds. ``families``: robust share by background family.
+    ``certified``: the predicate holds and fresh draws do not contradict it; ``reason`` says why not.
+    ``families``: robust share by background family.
     """
 
     certified: bool
+    reason: str | None
     label: int
     label_name: str
     conf: float
@@ -125,6 +127,17 @@ class Judge:
         self.micro_batch = micro_batch or default_micro_batch(classifier.input_shape)
         self.per_family = per_family
         self._empty: dict[torch.Size, Tensor] = {}
+
+    def stricter(self, factor: int) -> Judge:
+        """The same judge with that many times the draws."""
+        predicate = replace(self.predicate, draws=self.predicate.draws * factor)
+        return Judge(
+            self.classifier,
+            predicate,
+            self.backgrounds,
+            micro_batch=self.micro_batch,
+            per_family=self.per_family,
+        )
 
     @torch.no_grad()
     def logits(self, x: Tensor) -> Tensor:
@@ -186,13 +199,15 @@ class Judge:
         logits: Tensor,
         mask: Tensor,
         *,
-        certified: Tensor,
+        holds: Tensor,
         threshold: Tensor,
         evaluations: Tensor,
+        purpose: str = "certificate",
     ) -> list[Certificate]:
         """Measure hard masks [B,1,H,W] of x, on fresh draws that the predicate has never seen.
 
-        logits: scores of the whole images; certified, threshold, evaluations [B]: what led to the masks.
+        logits: scores of the whole images; holds, threshold, evaluations [B]: what led to the masks. A robust
+        predicate is contradicted where the Wilson interval of the fresh draws lies below rho.
         """
         label, default = logits.argmax(1), self.backgrounds.default(x)
         full = logits.softmax(1).gather(1, label[:, None])[:, 0]
@@ -208,7 +223,7 @@ class Judge:
         draws: list[tuple[str, int | Tensor]] = [
             (family, start % 2**31 + number) for family in families for number in range(self.per_family)
         ]
-        kept = self._kept_on(x, label, mask, draws, "certificate").view(len(x), len(families), -1).cpu()
+        kept = self._kept_on(x, label, mask, draws, purpose).view(len(x), len(families), -1).cpu()
         spent = 4 + len(draws)  # f(x), the three probes, the draws
         empty = self.empty(x)
         picked = [t.gather(1, label[:, None])[:, 0].tolist() for t in (masked, complement)]
@@ -219,9 +234,15 @@ class Judge:
             held = _share([kept[b, families.index(f)] for f in held_out])
             other = _share([kept[b, families.index(OTHER)]]) if OTHER in families else (None, 0.0, 1.0, 0)
             plain = mask[b, 0].cpu().numpy()
+            reason = None
+            if not holds[b]:
+                reason = f"the predicate fails even for the whole image: {self.predicate}"
+            elif self.predicate.kind == "robust" and train[2] < self.predicate.rho:
+                reason = f"fresh backgrounds contradict it: robust {train[0]:.2f}, at most {train[2]:.2f}"
             rows.append(
                 Certificate(
-                    certified=bool(certified[b]),
+                    certified=reason is None,
+                    reason=reason,
                     label=y,
                     label_name=self.classifier.class_names[y],
                     conf=float(full[b]),

@@ -263,7 +263,7 @@ def _opening_picture(out: Path, scenes: Scenes, masks: np.ndarray, count: int = 
     for index, row in zip(chosen, rows, strict=True):
         kept = np.where(masks[index][..., None], scenes.images[index], 128).astype(np.uint8)
         line = (
-            f"\u201c{row['label_name']}\u201d from {row['area']:.1%} of the pixels · p {row['conf']:.2f} → "
+            f"\u201c{row['label_name']}\u201d from {row['area']:.1%} of the pixels · p {row['conf']:.2f} to "
             f"{row['conf_masked']:.2f} · robust {row['robust_train']:.2f} "
             f"[{row['robust_train_low']:.2f}, {row['robust_train_high']:.2f}] · {row['status']}"
         )

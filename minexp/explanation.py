@@ -19,9 +19,11 @@ from .data.store import pack_mask
 from .errors import RequestError
 from .masker import Masker
 from .refine import Refinement, refine
-from .repair import Masks, threshold_masks
+from .repair import Masks, growth_order, threshold_masks
 
 Effort = Literal["fast", "refined"]
+RETRIES = 2  # enlargements of a mask that fresh draws contradict
+GROW = 1.1  # the least an enlarged mask gains
 
 
 @dataclass(frozen=True)
@@ -62,13 +64,12 @@ class Explanation:
         for mask, certificate in zip(self.masks.cpu().numpy(), self.certificates, strict=True):
             row = asdict(certificate)
             certified = row.pop("certified")
+            reason = row.pop("reason")
             row["robust_families"] = row.pop("families")
             packed = pack_mask(mask)
             row |= {
                 "status": "certified" if certified else "uncertified",
-                "error": None
-                if certified
-                else f"the predicate fails even for the whole image: {certificate.predicate}",
+                "error": reason,
                 "ms": self.milliseconds,
                 "h": mask.shape[0],
                 "w": mask.shape[1],
@@ -142,7 +143,8 @@ def explain(
     """Explain the top class of every image of x, float [B,C,H,W] in [0,1].
 
     effort "fast": the masker's mask, repaired where the predicate fails; "refined": optimised per image, from
-    the masker's output or, without a masker, from keep-all. ``backgrounds`` are made once a job from ``seed``
+    the masker's output or, without a masker, from keep-all. A mask whose fresh draws contradict the predicate is
+    enlarged on more draws and certified anew. ``backgrounds`` are made once a job from ``seed``
     (make_backgrounds), so that the answer for an image does not depend on its batch.
     Raises RequestError for input that is not such a batch or a fast explanation without a masker.
     """
@@ -168,15 +170,19 @@ def explain(
     judge = Judge(classifier, predicate or Predicate(), backgrounds, micro_batch=micro_batch)
     with classifier.frozen():
         logits = judge.logits(x)
-        found = _find(judge, x, logits, masker, effort, refinement)
+        found, order = _find(judge, x, logits, masker, effort, refinement)
         certificates = judge.certify(
             x,
             logits,
             found.masks,
-            certified=found.holds,
+            holds=found.holds,
             threshold=found.threshold,
             evaluations=found.evaluations,
         )
+        for attempt in range(1, RETRIES + 1):
+            again = [b for b, c in enumerate(certificates) if found.holds[b] and not c.certified]
+            if again:
+                found = _enlarge(judge, x, logits, order, found, certificates, again, attempt)
     spent = (time.perf_counter() - started) * 1000 / max(1, len(x))
     return Explanation(found.masks[:, 0], x, backgrounds.default(x), tuple(certificates), spent)
 
@@ -188,22 +194,66 @@ def _find(
     masker: Masker | None,
     effort: Effort,
     refinement: Refinement | None,
-) -> Masks:
-    parts = []
+) -> tuple[Masks, Tensor]:
+    """Masks that satisfy the predicate, and the order [B,1,H,W] in which pixels would join them."""
+    parts, orders = [], []
     size = judge.micro_batch
     for part, scores in zip(x.split(size), logits.split(size), strict=True):
         label = scores.argmax(1)
+        p = None if masker is None else masker.probabilities(part)
         if effort == "fast":
-            assert masker is not None
-            parts.append(threshold_masks(judge, part, label, masker.probabilities(part)))
+            assert p is not None
+            parts.append(threshold_masks(judge, part, label, p))
+            orders.append(p)
             continue
-        start = None
-        if masker is not None:
-            with torch.no_grad():
-                start = masker.eval()(part)
         numbers = torch.tensor([zlib.crc32(i.numpy().tobytes()) % 2**20 for i in part.cpu()])
-        parts.append(refine(judge, part, refinement or Refinement(), start=start, numbers=numbers))
-    return Masks(*(torch.cat([getattr(p, name) for p in parts]) for name in Masks.__annotations__))
+        refined = refine(
+            judge,
+            part,
+            refinement or Refinement(),
+            start=None if p is None else torch.logit(p, 1e-4),
+            numbers=numbers,
+        )
+        parts.append(refined)
+        orders.append(growth_order(refined.masks))
+    return Masks(
+        *(torch.cat([getattr(p, name) for p in parts]) for name in Masks.__annotations__)
+    ), torch.cat(orders)
+
+
+def _enlarge(
+    judge: Judge,
+    x: Tensor,
+    logits: Tensor,
+    order: Tensor,
+    found: Masks,
+    certificates: list[Certificate],
+    again: list[int],
+    attempt: int,
+) -> Masks:
+    """Grow masks whose fresh draws contradict the predicate, on more draws, and certify them on draws fresh again."""
+    index = torch.tensor(again, device=x.device)
+    size, scores = found.masks[index].flatten(1).sum(1), logits[index]
+    larger = threshold_masks(
+        judge.stricter(2**attempt), x[index], scores.argmax(1), order[index], at_least=(size * GROW).long()
+    )
+    spent = (
+        torch.tensor([certificates[b].evaluations for b in again], device=x.device) + larger.evaluations - 1
+    )
+    new = judge.certify(
+        x[index],
+        scores,
+        larger.masks,
+        holds=larger.holds,
+        threshold=larger.threshold,
+        evaluations=spent,
+        purpose=f"certificate {attempt + 1}",
+    )
+    for b, certificate in zip(again, new, strict=True):
+        certificates[b] = certificate
+    masks, threshold = found.masks.clone(), found.threshold.clone()
+    masks[index], threshold[index] = larger.masks, larger.threshold
+    return Masks(masks, found.holds, threshold, found.evaluations)
 
 
 def _check(classifier: Classifier, x: Tensor) -> None:

@@ -43,7 +43,7 @@ class Objective:
     layer_weights: tuple[float, ...] | None = None
     axis: str = "all"
     dual: bool = True
-    target: float = 0.97
+    target: float = 0.93
     dual_rate: float = 0.1
     dual_range: tuple[float, float] = (0.05, 40.0)
     soft: float = 0.6

@@ -26,7 +26,7 @@ VARIANTS: tuple[Variant, ...] = ("plain", "shortcut", "mosaic", "segments")
 SIZE = 64  # plain, shortcut
 TILE = 24  # mosaic: 3 × 3 tiles of 24 pixels
 GRID = 3
-PATCH = 10  # shortcut: side of the corner patch
+PATCH = 12  # shortcut: side of the corner patch
 SHORTCUT_RATE = 0.95  # how often the patch names the class in the training split
 _CHUNK = 256  # scenes rendered at once: the working set stays in cache
 
@@ -242,18 +242,22 @@ def _digit_scene(
 
 
 def _shortcut_scene(n: int, rng: torch.Generator, split: Split, decisive: bool) -> _Part:
-    """A fainter digit, and a corner patch whose hue names the class in 95 % of the images."""
+    """A fainter digit, and a framed corner patch whose hue names the class in 95 % of the images."""
     image, labels, box, strokes, patch = _digit_scene(n, rng, split, scale=(24, 30), contrast=0.25)
     honest = _uniform(rng, n) < (SHORTCUT_RATE if decisive else 0.1)
     named = torch.where(honest, labels, torch.randint(10, (n,), generator=rng))
     hue = 2 * math.pi * named / 10
     colour = 0.5 + 0.45 * torch.stack([torch.cos(hue + shift) for shift in (0.0, 2.094, 4.189)], 1)
     corner = torch.randint(4, (n,), generator=rng)
+    # white around black around the hue: no flat or noisy background passes for a patch
+    frame = torch.ones(PATCH, PATCH)
+    frame[1:-1, 1:-1] = 0
     for index in range(n):
         c = int(corner[index])
         rows = slice(0, PATCH) if c < 2 else slice(SIZE - PATCH, SIZE)
         cols = slice(0, PATCH) if c % 2 == 0 else slice(SIZE - PATCH, SIZE)
-        image[index, :, rows, cols] = colour[index, :, None, None]
+        image[index, :, rows, cols] = frame
+        image[index, :, rows, cols][:, 3:-3, 3:-3] = colour[index, :, None, None]
         patch[index, rows, cols] = True
     strokes, box = strokes & ~patch, box & ~patch
     return image, labels, box, strokes, patch

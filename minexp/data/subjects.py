@@ -65,8 +65,8 @@ def coloured_noise(x: Tensor, rng: torch.Generator) -> Tensor:
     return F.interpolate(noise, size=x.shape[2:], mode="bicubic", align_corners=False) if scale > 1 else noise
 
 
-def augment(x: Tensor, rng: torch.Generator) -> Tensor:
-    """Ordinary augmentation of [B,3,H,W] in [0,1]: colour, noise, random erasing."""
+def augment(x: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Ordinary augmentation of [B,3,H,W] in [0,1]: colour, noise, random erasing. Also what was erased, [B,1,H,W]."""
     n, _, h, w = x.shape
 
     def draw(*shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
@@ -75,15 +75,17 @@ def augment(x: Tensor, rng: torch.Generator) -> Tensor:
     contrast, shift = draw(n, 1, 1, 1, low=0.7, high=1.3), draw(n, 3, 1, 1, low=-0.15, high=0.15)
     x = (x - 0.5) * contrast + 0.5 + shift
     rows, cols = torch.arange(h)[None, :, None], torch.arange(w)[None, None, :]
+    erased = torch.zeros(n, 1, h, w, dtype=torch.bool)
     for _ in range(3):
         top, left = draw(n, 1, 1, low=-0.2 * h, high=h), draw(n, 1, 1, low=-0.2 * w, high=w)
         height, width = draw(n, 1, 1, low=0.1 * h, high=0.7 * h), draw(n, 1, 1, low=0.1 * w, high=0.7 * w)
         box = (rows >= top) & (rows < top + height) & (cols >= left) & (cols < left + width)
         box = (box & (draw(n, 1, 1) < 0.6)).unsqueeze(1)
+        erased |= box
         flat = draw(n, 3, 1, 1)
         x = torch.where(box, flat + draw(n, 1, 1, 1, high=0.35) * coloured_noise(x, rng), x)
     sigma = draw(n, 1, 1, 1, high=0.12) * (draw(n, 1, 1, 1) < 0.5)
-    return (x + sigma * torch.randn(x.shape, generator=rng)).clamp(0, 1)
+    return (x + sigma * torch.randn(x.shape, generator=rng)).clamp(0, 1), erased
 
 
 def crops(scenes: Scenes, side: int, seed: int = 0) -> np.ndarray:
@@ -117,10 +119,15 @@ def train(
     batch: int = 32,
     peak_lr: float = 2e-3,
     augmented: bool = True,
+    strokes: np.ndarray | None = None,
+    none: int | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Train in place by AdamW with one cosine cycle; uint8 images [N,H,W,3], int labels [N]."""
+    """Train in place by AdamW with one cosine cycle; uint8 images [N,H,W,3], int labels [N].
+
+    strokes [N,H,W] and none: a scene whose deciding digit was mostly erased shows, and is labelled, class ``none``.
+    """
     rng = torch.Generator().manual_seed(seed)
     pixels, targets = torch.from_numpy(images), torch.from_numpy(labels)
     steps = epochs * (len(pixels) // batch)
@@ -141,8 +148,14 @@ def train(
     for _ in range(epochs):
         for index in batches(len(pixels), batch, rng):
             x = pixels[index].permute(0, 3, 1, 2).float() / 255
-            x = augment(x, rng) if augmented else x
-            loss = F.cross_entropy(model((x - MEAN) / STD), targets[index], label_smoothing=0.05)
+            label = targets[index]
+            if augmented:
+                x, erased = augment(x, rng)
+                if none is not None and strokes is not None:
+                    digit = torch.from_numpy(strokes[index.numpy()])
+                    gone = (digit & erased[:, 0]).sum((1, 2)) > 0.6 * digit.sum((1, 2))
+                    label = torch.where(gone, none, label)
+            loss = F.cross_entropy(model((x - MEAN) / STD), label, label_smoothing=0.05)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             optimiser.step()
