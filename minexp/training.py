@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,14 @@ from tqdm import tqdm
 from .backgrounds import random_mixture
 from .classifier import Classifier
 from .data.files import replacing
+from .data.sources import ImageSource
 from .errors import RequestError
 from .masker import Architecture, Masker, straight_through
 from .objective import AreaDual, Objective, evaluate_terms, make_target, preset
 
 REFERENCES = 32  # images stored with the masker, for the backgrounds of explanations
 CHECKPOINT_EVERY = 200  # steps
+MEMORY = 4 * 2**30  # bytes of pixels held; a masker learns from a sample of a larger set
 COLLAPSED_EMPTY, COLLAPSED_FULL = 0.001, 0.95  # mean areas that mean the masker explains nothing
 
 
@@ -271,7 +274,7 @@ def as_pixels(images: Any, classifier: Classifier, *, progress: bool = False) ->
         pixels = torch.from_numpy(images)
         pixels = pixels.permute(0, 3, 1, 2) if pixels.ndim == 4 else pixels
     else:
-        bar = tqdm(images, desc="reading", disable=not progress, leave=False)
+        bar = tqdm(_affordable(images, classifier), desc="reading", disable=not progress, leave=False)
         ready = [classifier.preprocessing.pixels(i.image) for i in bar if i.image is not None]
         if not ready:
             raise RequestError(
@@ -287,6 +290,16 @@ def as_pixels(images: Any, classifier: Classifier, *, progress: bool = False) ->
             f"{len(pixels)} images of {list(pixels.shape[2:])} pixels; give at least 2 of at least 16×16"
         )
     return pixels.contiguous()
+
+
+def _affordable(images: Iterable[Any], classifier: Classifier) -> Iterable[Any]:
+    """All items or, where their pixels would not fit into memory, evenly spaced runs of as many as do."""
+    affordable = MEMORY // math.prod(classifier.input_shape)
+    if not isinstance(images, ImageSource) or len(images) <= affordable:
+        return images
+    runs = min(256, affordable)
+    starts = [run * len(images) // runs for run in range(runs)]
+    return chain.from_iterable(images.range(start, start + affordable // runs) for start in starts)
 
 
 def _steps(steps: int | None, epochs: float | None, count: int, batch: int) -> int:
