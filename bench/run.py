@@ -25,8 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quiet", action="store_true", help="print no progress")
     options = parser.parse_args(argv)
     folder = str(Path(__file__).resolve().parent)
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
+    sys.path[:0] = [] if folder in sys.path else [folder]
     rows = importlib.import_module(options.suite).measure(options.quiet)
     print(json.dumps(rows) if options.json else table(rows))
     return 0

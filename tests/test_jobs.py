@@ -124,6 +124,28 @@ def test_a_wrong_request_ends_the_job_at_once(classifier: Classifier, folder: Pa
 
     with pytest.raises(RequestError, match="no such background"):
         run(classifier, folder, tmp_path / "out", explain=stub(None, fail))
+    assert not (tmp_path / "out").exists()
+    # Nothing is left that would refuse the corrected request as another job.
+    assert run(classifier, folder, tmp_path / "out", seed=1)["rows"] == 9
+    with pytest.raises(RequestError, match="no such background"):
+        run(classifier, folder, tmp_path / "out", seed=1, resume=False, explain=stub(None, fail))
+
+
+def test_an_image_that_cannot_be_prepared_costs_only_its_own_row(
+    classifier: Classifier, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Fussy(type(classifier.preprocessing)):  # type: ignore[misc]
+        def pixels(self, image: Any) -> Any:
+            if image[0, 0, 0] == 30:
+                raise MemoryError("too large")
+            return super().pixels(image)
+
+    classifier.preprocessing = Fussy(**vars(classifier.preprocessing))
+    run(classifier, folder, tmp_path / "out")
+    rows = read_store(tmp_path / "out").to_pylist()
+    assert rows[3]["error"] == "MemoryError: too large"
+    assert [row["status"] for row in rows].count("error") == 3
+    assert rows[4]["evaluations"] == 40
 
 
 def test_an_interrupted_job_goes_on_and_ends_like_an_undisturbed_one(

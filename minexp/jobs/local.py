@@ -7,8 +7,9 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow.compute as pc
@@ -17,15 +18,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import __version__
+from ..certify import Predicate
 from ..classifier import Classifier
 from ..data.sources import ImageSource, Item
-from ..data.store import StoreWriter, read_store
+from ..data.store import MANIFEST, StoreWriter, read_store
 from ..errors import MinexpError, RequestError
+from ..explanation import explain, make_backgrounds
+from ..masker import Masker
 from ..weights import state_digest
-
-if TYPE_CHECKING:
-    from ..certify import Predicate
-    from ..masker import Masker
 
 Row = dict[str, Any]
 ROWS_PER_SHARD = 256  # what a killed job may have to do again
@@ -45,7 +45,7 @@ def explain_dataset(
     batch: int = 32,
     resume: bool = True,
     progress: bool = True,
-    explain: Callable[..., Any] | None = None,
+    explain: Callable[..., Any] = explain,
 ) -> dict[str, Any]:
     """Explain every image of `source` and store one row for each in the directory `out`, in the source's order.
 
@@ -55,16 +55,12 @@ def explain_dataset(
     Returns the summary of all rows in `out` (shares of 1; None where nothing was explained). RequestError when
     `out` holds another job.
     """
-    from .. import explanation
-    from ..certify import Predicate
-
-    explain = explanation.explain if explain is None else explain
     predicate = Predicate() if predicate is None else predicate
     run = _describe(classifier, source, masker, predicate, effort, background, seed)
     truths = _truths(source, classifier)
     started = time.perf_counter()
     # Made once: every image of the job, and of the job resumed, meets the same draws.
-    backgrounds = explanation.make_backgrounds(
+    backgrounds = make_backgrounds(
         classifier,
         masker,
         reference=_reference(source, classifier) if masker is None else None,
@@ -77,13 +73,16 @@ def explain_dataset(
             explain(classifier, x, masker, predicate=predicate, effort=effort, backgrounds=backgrounds).rows()
         )
 
-    with StoreWriter(out, run=run, rows_per_shard=ROWS_PER_SHARD, resume=resume) as store:
-        resumed = store.rows_done
-        total = len(source)
-        bar = tqdm(total=total, initial=resumed, unit="image", disable=None if progress else True)
-        written = certified = 0
-        with bar:
-            for items in _batches(source.range(resumed, total), batch):
+    store = StoreWriter(out, run=run, rows_per_shard=ROWS_PER_SHARD, resume=resume)
+    resumed, total = store.rows_done, len(source)
+    written = certified = 0
+    try:
+        with (
+            store,
+            tqdm(total=total, initial=resumed, unit="image", disable=None if progress else True) as bar,
+        ):
+            ready = (prepare(classifier, item) for item in source.range(resumed, total))
+            for items in _batches(ready, batch):
                 rows = explain_items(classifier, items, call)
                 for item, row in zip(items, rows, strict=True):
                     row |= {"id": item.id, "uri": item.uri, "truth": truths(item.label)}
@@ -92,6 +91,12 @@ def explain_dataset(
                 certified += sum(row["status"] == "certified" for row in rows)
                 bar.update(len(rows))
                 bar.set_postfix(certified=f"{certified / written:.1%}", refresh=False)
+    except BaseException:
+        if store.rows_done == 0:  # an empty store would refuse the corrected request as another job
+            (store.directory / MANIFEST).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                store.directory.rmdir()
+        raise
     seconds = time.perf_counter() - started
     return {
         **summarise(out),
@@ -104,28 +109,32 @@ def explain_dataset(
     }
 
 
+def prepare(classifier: Classifier, item: Item) -> Item:
+    """The item with its image as the classifier takes it, uint8 [H, W, C], or with the reason why there is none.
+
+    Done image by image, because a large photograph decoded takes a thousand times the memory of a model's input.
+    """
+    if item.image is None:
+        return item
+    try:
+        return replace(item, image=classifier.preprocessing.pixels(item.image))
+    except Exception as error:
+        return replace(item, image=None, error=_text(error))
+
+
 def explain_items(
     classifier: Classifier, items: Sequence[Item], call: Callable[[Tensor], list[Row]]
 ) -> list[Row]:
-    """One row for each item, in order; `call` explains [B, C, H, W] in pixel space.
+    """One row for each prepared item, in order; `call` explains [B, C, H, W] in pixel space.
 
     When it throws for a batch, the images are tried one by one, so that only the culprit's row carries the error.
     """
-    rows: list[Row | None] = [None] * len(items)
-    places, pixels = [], []
-    for place, item in enumerate(items):
-        try:
-            if item.image is None:
-                raise MinexpError(item.error or "could not be decoded")
-            pixels.append(classifier.preprocessing.pixels(item.image))
-            places.append(place)
-        except Exception as error:
-            rows[place] = _error_row(error)
-    if places:
-        x = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float().div_(255).to(classifier.device)
-        for place, row in zip(places, _each(call, x), strict=True):
-            rows[place] = row
-    return [row for row in rows if row is not None]
+    images = [item.image for item in items if item.image is not None]
+    explained: Iterator[Row] = iter(())
+    if images:
+        x = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float().div_(255).to(classifier.device)
+        explained = iter(_each(call, x))
+    return [_error_row(item.error) if item.image is None else next(explained) for item in items]
 
 
 def _each(call: Callable[[Tensor], list[Row]], x: Tensor) -> list[Row]:
@@ -135,7 +144,7 @@ def _each(call: Callable[[Tensor], list[Row]], x: Tensor) -> list[Row]:
         raise  # no single image is at fault
     except Exception as error:
         if len(x) == 1:
-            return [_error_row(error)]
+            return [_error_row(_text(error))]
     return [_each(call, image)[0] for image in x.split(1)]
 
 
@@ -237,8 +246,12 @@ def _batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
         yield group
 
 
-def _error_row(error: BaseException) -> Row:
+def _error_row(text: str | None) -> Row:
+    return {"status": "error", "error": text or "could not be decoded"}
+
+
+def _text(error: BaseException) -> str:
     text = " ".join(str(error).split())
     if not isinstance(error, MinexpError):
         text = f"{type(error).__name__}: {text}" if text else type(error).__name__
-    return {"status": "error", "error": text[:500]}
+    return text[:500]
