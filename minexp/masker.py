@@ -101,7 +101,9 @@ class Masker(nn.Module):
         self.eval()
         try:
             with torch.no_grad():
-                return torch.sigmoid(self(x))
+                # kernels for one image round differently: it goes beside a copy, so that no mask depends on its batch
+                together = x if len(x) > 1 else x.repeat(2, 1, 1, 1)
+                return torch.sigmoid(self(together)[: len(x)])
         finally:
             self.train(training)
 
@@ -113,10 +115,10 @@ class Masker(nn.Module):
         """Multiply-adds of one forward pass on one image of size (H, W)."""
         from torch.utils.flop_counter import FlopCounterMode
 
-        x = torch.full((1, self.architecture.channels, *size), 0.5, device=self.mean.device)
+        x = torch.full((2, self.architecture.channels, *size), 0.5, device=self.mean.device)
         with FlopCounterMode(display=False) as counter:
             self.probabilities(x)
-        return counter.get_total_flops() // 2
+        return counter.get_total_flops() // 2 // len(x)
 
     def save(self, path: str | Path) -> None:
         """Write weights to ``path`` (.safetensors) and what they are to the .json beside it, both atomically."""

@@ -48,6 +48,11 @@ def refine(
     classifier, objective = judge.classifier, settings.objective
     b, _, h, w = x.shape
     numbers = torch.zeros(b, dtype=torch.long) if numbers is None else numbers.cpu()
+    if b == 1:  # kernels for one image round differently, and a descent enlarges that: it goes beside a copy
+        twice = [None if t is None else torch.cat([t, t]) for t in (x, start, numbers)]
+        assert twice[0] is not None
+        pair = refine(judge, twice[0], settings, start=twice[1], numbers=twice[2])
+        return Masks(*(getattr(pair, name)[:1] for name in Masks.__annotations__))
     grid = (max(2, -(-h // settings.stride)), max(2, -(-w // settings.stride)))
     if start is None:
         coarse = torch.full((b, 1, *grid), KEEP_ALL, device=x.device)
@@ -81,7 +86,8 @@ def refine(
                 best = _keep_smaller(best, _tried(judge, x, target.label, p.detach()))
         p = torch.sigmoid(F.interpolate(coarse.detach(), size=(h, w), mode="bilinear", align_corners=False))
         best = _keep_smaller(best, threshold_masks(judge, x, target.label, p, tighten=True))
-    return replace(best, evaluations=best.evaluations + 2 * 2 * settings.steps)
+    # a gradient step is two images forward and as much again backward; the target is one more forward
+    return replace(best, evaluations=best.evaluations + 2 * 2 * settings.steps + 1)
 
 
 def _random_backgrounds(judge: Judge, x: Tensor, numbers: Tensor, step: int) -> Tensor:
