@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 COLUMNS = ("op", "provider", "mode", "shape", "threads", "p20", "p50", "p80", "bound", "ratio")
-SUITES = ("kernels", "explain")
+SUITES = tuple(sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem != "run"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
