@@ -4,6 +4,51 @@
 #include "ops.h"
 
 namespace minexp {
+
+void check_edges(
+    const Tensor& strength, const Tensor& energy, const Maybe& gradient, const Maybe& source_mask,
+    const Maybe& target_mask, int64_t groups) {
+  const int64_t images = energy.size(0), targets = strength.size(0), sources = energy.size(1);
+  const auto fits = [](const Maybe& x, int64_t count, ScalarType type) {
+    return !x || (x->is_contiguous() && x->numel() == count && x->scalar_type() == type);
+  };
+  STD_TORCH_CHECK(
+      groups >= 1 && targets % groups == 0 && strength.size(1) * groups == sources && strength.is_contiguous() &&
+          energy.is_contiguous() && strength.scalar_type() == energy.scalar_type() &&
+          energy.scalar_type() == accumulator(energy) && fits(gradient, images * targets, energy.scalar_type()) &&
+          fits(source_mask, images * sources, ScalarType::Bool) && fits(target_mask, images * targets, ScalarType::Bool),
+      "minexp: expected contiguous strength [O, I/groups] and energy [B, I] of one dtype, gradient and target_mask "
+      "[B, O], source_mask [B, I]");
+}
+
+std::tuple<Tensor, Tensor> topk_outputs(const Tensor& strength, const Tensor& energy, int64_t k) {
+  STD_TORCH_CHECK(k >= 1 && k <= strength.size(1), "minexp::edge_topk: k is ", k, ", expected 1 to ", strength.size(1));
+  const auto shape = {energy.size(0), strength.size(0), k};
+  return {torch::stable::new_empty(energy, shape), torch::stable::new_empty(energy, shape, ScalarType::Long)};
+}
+
+std::tuple<Tensor, Tensor> select_outputs(const Tensor& strength, const Tensor& energy, int64_t n) {
+  const int64_t most = strength.size(0) * strength.size(1);
+  STD_TORCH_CHECK(n >= 1 && n <= most, "minexp::edge_select: n is ", n, ", expected 1 to ", most);
+  const auto shape = {energy.size(0), n};
+  return {torch::stable::new_empty(energy, shape), torch::stable::new_empty(energy, shape, ScalarType::Long)};
+}
+
+Geometry geometry_of(
+    const Tensor& weight, const Tensor& activation, const std::vector<int64_t>& stride,
+    const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation) {
+  STD_TORCH_CHECK(
+      weight.dim() == 4 && activation.dim() == 4 && stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
+      "minexp::edge_position_topk: expected weight [O, I/groups, h, w] and activation [B, I, H, W]");
+  Geometry g;
+  for (int d = 0; d < 2; ++d) {
+    g.kernel[d] = weight.size(2 + d), g.size[d] = activation.size(2 + d);
+    g.stride[d] = stride[d], g.padding[d] = padding[d], g.dilation[d] = dilation[d];
+    STD_TORCH_CHECK(g.stride[d] > 0 && g.out(d) > 0, "minexp::edge_position_topk: the kernel does not fit the image");
+  }
+  return g;
+}
+
 namespace {
 
 // The rows of a call; strength may be null where the caller scores by itself.
@@ -33,30 +78,6 @@ struct Rows {
   }
 };
 
-void check(
-    const Tensor& strength, const Tensor& energy, const Maybe& gradient, const Maybe& source_mask,
-    const Maybe& target_mask, int64_t groups) {
-  const int64_t images = energy.size(0), targets = strength.size(0), sources = energy.size(1);
-  const auto fits = [](const Maybe& x, int64_t count, ScalarType type) {
-    return !x || (x->is_contiguous() && x->numel() == count && x->scalar_type() == type);
-  };
-  STD_TORCH_CHECK(
-      groups >= 1 && targets % groups == 0 && strength.size(1) * groups == sources && strength.is_contiguous() &&
-          energy.is_contiguous() && strength.scalar_type() == energy.scalar_type() &&
-          energy.scalar_type() == accumulator(energy) && fits(gradient, images * targets, energy.scalar_type()) &&
-          fits(source_mask, images * sources, ScalarType::Bool) && fits(target_mask, images * targets, ScalarType::Bool),
-      "minexp: expected contiguous strength [O, I/groups] and energy [B, I] of one dtype, gradient and target_mask "
-      "[B, O], source_mask [B, I]");
-}
-
-template <class F>
-void with_real(const Tensor& x, F f) {
-  if (x.scalar_type() == ScalarType::Double)
-    f(double());
-  else
-    f(float());
-}
-
 // The k largest of a row whose keys are in scratch; `score(i)` is the value before the gradient.
 template <class Real, class Score>
 void write_topk(
@@ -74,12 +95,9 @@ void write_topk(
 
 std::tuple<Tensor, Tensor> edge_topk_cpu(
     Tensor strength, Tensor energy, int64_t k, Maybe gradient, Maybe source_mask, Maybe target_mask, int64_t groups) {
-  check(strength, energy, gradient, source_mask, target_mask, groups);
-  STD_TORCH_CHECK(k >= 1 && k <= strength.size(1), "minexp::edge_topk: k is ", k, ", expected 1 to ", strength.size(1));
-  const auto shape = {energy.size(0), strength.size(0), k};
-  Tensor values = torch::stable::new_empty(energy, shape);
-  Tensor indices = torch::stable::new_empty(energy, shape, ScalarType::Long);
-  with_real(energy, [&](auto zero) {
+  check_edges(strength, energy, gradient, source_mask, target_mask, groups);
+  auto [values, indices] = topk_outputs(strength, energy, k);
+  with_real(energy, [&, &values = values, &indices = indices](auto zero) {
     using Real = decltype(zero);
     const Rows<Real> rows(strength, energy, gradient, source_mask, target_mask, groups);
     torch::stable::parallel_for(0, rows.count(), 64, [&](int64_t begin, int64_t end) {
@@ -99,7 +117,7 @@ std::tuple<Tensor, Tensor> edge_topk_cpu(
 std::tuple<Tensor, Tensor, Tensor> edge_threshold_cpu(
     Tensor strength, Tensor energy, double threshold, Maybe gradient, Maybe source_mask, Maybe target_mask,
     int64_t groups) {
-  check(strength, energy, gradient, source_mask, target_mask, groups);
+  check_edges(strength, energy, gradient, source_mask, target_mask, groups);
   Tensor crow = torch::stable::new_empty(energy, {energy.size(0) * strength.size(0) + 1}, ScalarType::Long);
   Maybe source, values;
   with_real(energy, [&](auto zero) {
@@ -138,11 +156,9 @@ std::tuple<Tensor, Tensor, Tensor> edge_threshold_cpu(
 
 std::tuple<Tensor, Tensor> edge_select_cpu(
     Tensor strength, Tensor energy, int64_t n, Maybe gradient, Maybe source_mask, Maybe target_mask, int64_t groups) {
-  check(strength, energy, gradient, source_mask, target_mask, groups);
-  STD_TORCH_CHECK(n >= 1 && n <= strength.numel(), "minexp::edge_select: n is ", n, ", expected 1 to ", strength.numel());
-  Tensor values = torch::stable::new_empty(energy, {energy.size(0), n});
-  Tensor flat = torch::stable::new_empty(energy, {energy.size(0), n}, ScalarType::Long);
-  with_real(energy, [&](auto zero) {
+  check_edges(strength, energy, gradient, source_mask, target_mask, groups);
+  auto [values, flat] = select_outputs(strength, energy, n);
+  with_real(energy, [&, &values = values, &flat = flat](auto zero) {
     using Real = decltype(zero);
     using K = Key<Real>;
     const Rows<Real> rows(strength, energy, gradient, source_mask, target_mask, groups);
@@ -198,21 +214,10 @@ std::tuple<Tensor, Tensor> edge_select_cpu(
 std::tuple<Tensor, Tensor> edge_position_topk_cpu(
     Tensor weight, Tensor activation, int64_t k, std::vector<int64_t> stride, std::vector<int64_t> padding,
     std::vector<int64_t> dilation, Maybe gradient, Maybe source_mask, Maybe target_mask, int64_t groups) {
-  check(weight, activation, gradient, source_mask, target_mask, groups);
-  STD_TORCH_CHECK(
-      k >= 1 && k <= weight.size(1) && weight.dim() == 4 && activation.dim() == 4 && stride.size() == 2 &&
-          padding.size() == 2 && dilation.size() == 2,
-      "minexp::edge_position_topk: expected weight [O, I/groups, h, w], activation [B, I, H, W], 1 <= k <= I/groups");
-  Geometry geometry;
-  for (int d = 0; d < 2; ++d) {
-    geometry.kernel[d] = weight.size(2 + d), geometry.size[d] = activation.size(2 + d);
-    geometry.stride[d] = stride[d], geometry.padding[d] = padding[d], geometry.dilation[d] = dilation[d];
-    STD_TORCH_CHECK(stride[d] > 0 && geometry.out(d) > 0, "minexp::edge_position_topk: the kernel does not fit the image");
-  }
-  const auto shape = {activation.size(0), weight.size(0), k};
-  Tensor values = torch::stable::new_empty(activation, shape);
-  Tensor indices = torch::stable::new_empty(activation, shape, ScalarType::Long);
-  with_real(activation, [&](auto zero) {
+  check_edges(weight, activation, gradient, source_mask, target_mask, groups);
+  const Geometry geometry = geometry_of(weight, activation, stride, padding, dilation);
+  auto [values, indices] = topk_outputs(weight, activation, k);
+  with_real(activation, [&, &values = values, &indices = indices](auto zero) {
     using Real = decltype(zero);
     const Rows<Real> rows(weight, activation, gradient, source_mask, target_mask, groups);
     const int64_t taps = geometry.taps(), pixels = geometry.size[0] * geometry.size[1];

@@ -36,8 +36,8 @@ struct Row {
   int64_t width, first_source;
   bool active;  // the target itself
 
-  Real score(int64_t i) const { return strength[i] * energy[i]; }
-  bool has(int64_t i) const { return active && (!mask || mask[i]); }
+  MINEXP_BOTH Real score(int64_t i) const { return strength[i] * energy[i]; }
+  MINEXP_BOTH bool has(int64_t i) const { return active && (!mask || mask[i]); }
 };
 
 // ---- Passes over a row: plain loops, cloned for each x86-64 level ------------------------------------------------
@@ -86,7 +86,7 @@ Key<Real> row_keys(const Row<Real>& row, Real factor, Key<Real>* keys) {
 // A key such that at least k lie at or above it, and at most k + slack unless they are ties of the k-th; 1 if
 // fewer than k are left. `counter(key)` counts those at or above. A gallop down from the top, then bisection.
 template <class K, class Counter>
-K lower_bound_of_top(K top, int64_t k, int64_t slack, Counter counter) {
+MINEXP_BOTH K lower_bound_of_top(K top, int64_t k, int64_t slack, Counter counter) {
   K high = top + 1, step = K(1) << (sizeof(K) == 8 ? 51 : 22), low = 1;  // a first step of half a binade
   const auto good = [&](int64_t found) { return found >= k && found <= k + slack; };
   while (high > low + 1) {
@@ -228,9 +228,9 @@ static inline void position_scores(
 // How a window slides over an image of one channel.
 struct Geometry {
   int64_t kernel[2], size[2], stride[2], padding[2], dilation[2];
-  int64_t out(int d) const { return (size[d] + 2 * padding[d] - dilation[d] * (kernel[d] - 1) - 1) / stride[d] + 1; }
-  int64_t taps() const { return kernel[0] * kernel[1]; }
-  int64_t positions() const { return out(0) * out(1); }
+  MINEXP_BOTH int64_t out(int d) const { return (size[d] + 2 * padding[d] - dilation[d] * (kernel[d] - 1) - 1) / stride[d] + 1; }
+  MINEXP_BOTH int64_t taps() const { return kernel[0] * kernel[1]; }
+  MINEXP_BOTH int64_t positions() const { return out(0) * out(1); }
 };
 
 // patch[tap * pitch + position], zero where the window leaves the image.

@@ -36,16 +36,48 @@ Plan plan_layers(
     Layer layer{};
     layer.target = target.const_data_ptr(), layer.input = x.const_data_ptr();
     layer.grad = grads ? data<void>((*grads)[l]) : nullptr;
-    layer.rows = axis == "all" ? 1 : axis == "spatial" ? channels : positions;
-    layer.width = channels * positions / layer.rows;
-    layer.strided = axis != "all" && x.is_contiguous() == (axis == "channel") && layer.rows > 1;
-    layer.first_row = plan.rows, layer.first_piece = plan.pieces;
+    const int64_t rows = axis == "all" ? 1 : axis == "spatial" ? channels : positions;
+    STD_TORCH_CHECK(
+        channels * positions < (int64_t(1) << 31), "minexp::activation_kl: too many features in an image at layer ", l);
+    layer.rows = int32_t(rows), layer.width = int32_t(channels * positions / rows);
+    layer.strided = axis != "all" && x.is_contiguous() == (axis == "channel") && rows > 1;
     layer.weight = float(weights[l]);
-    layer.pieces = weights[l] == 0 ? 0 : pieces_of(layer.rows, layer.width, piece);
-    plan.rows += layer.rows, plan.pieces += layer.pieces * plan.images, plan.elements += x.numel();
-    plan.layers.push_back(layer);
+    plan.add(layer, piece);
+    STD_TORCH_CHECK(plan.pieces < (int64_t(1) << 31), "minexp::activation_kl: too many features in all");
   }
   return plan;
+}
+
+std::tuple<Tensor, Tensor, Tensor> outputs_for(const Plan& plan, const Tensors& inputs, const Maybe& entropy) {
+  STD_TORCH_CHECK(
+      !entropy || (entropy->numel() == plan.images * plan.rows * 2 && entropy->is_contiguous() &&
+                   entropy->scalar_type() == ScalarType::Double),
+      "minexp::activation_kl: entropy does not fit the layers");
+  const auto type = accumulator(inputs[0]);
+  return {
+      torch::stable::new_empty(inputs[0], {plan.images}, type),
+      torch::stable::new_empty(inputs[0], {int64_t(inputs.size()), plan.images}, type),
+      torch::stable::new_empty(inputs[0], {plan.images, plan.rows, 4}, type)};
+}
+
+Tensors gradients_for(const Tensors& inputs, const std::vector<double>& weights) {
+  Tensors grads;
+  for (size_t l = 0; l < inputs.size(); ++l) {
+    grads.push_back(torch::stable::empty_like(inputs[l]));
+    if (weights.at(l) == 0) torch::stable::zero_(grads[l]);
+  }
+  return grads;
+}
+
+void check_backward(
+    const Plan& plan, const Tensors& inputs, const Tensor& state, const Maybe& grad_total, const Maybe& grad_layers) {
+  const auto fits = [&](const Maybe& grad, int64_t count) {
+    return !grad || (grad->numel() == count && grad->is_contiguous() && grad->scalar_type() == accumulator(inputs[0]));
+  };
+  STD_TORCH_CHECK(
+      fits(state, plan.images * plan.rows * 4) && fits(grad_total, plan.images) &&
+          fits(grad_layers, plan.images * int64_t(inputs.size())),
+      "minexp::activation_kl_backward: state or gradients do not fit the layers");
 }
 
 namespace {
@@ -80,7 +112,7 @@ void forward(const Plan& plan, const double* entropy, double temperature, Tensor
   };
   for_pieces(plan, [&](size_t l, int64_t image, int64_t piece, int64_t number) {
     const Layer& layer = plan.layers[l];
-    const int64_t offset = image * layer.rows * layer.width, step = layer.step();
+    const int64_t offset = image * layer.features(), step = layer.step();
     const P* target = static_cast<const P*>(layer.target) + offset;
     const T* input = static_cast<const T*>(layer.input) + offset;
     if (layer.rows == 1) {
@@ -123,7 +155,7 @@ void backward(const Plan& plan, const Tensor& state, const Maybe& grad_total, co
   const Real *totals = data<Real>(grad_total), *losses = data<Real>(grad_layers);
   for_pieces(plan, [&](size_t l, int64_t image, int64_t piece, int64_t) {
     const Layer& layer = plan.layers[l];
-    const int64_t offset = image * layer.rows * layer.width, step = layer.step();
+    const int64_t offset = image * layer.features(), step = layer.step();
     const P* target = static_cast<const P*>(layer.target) + offset;
     const T* input = static_cast<const T*>(layer.input) + offset;
     T* grad = static_cast<T*>(layer.grad) + offset;
@@ -149,16 +181,8 @@ void backward(const Plan& plan, const Tensor& state, const Maybe& grad_total, co
 std::tuple<Tensor, Tensor, Tensor> activation_kl_cpu(
     Tensors targets, Tensors inputs, Maybe entropy, std::vector<double> weights, double temperature, std::string axis) {
   const Plan plan = plan_layers(targets, inputs, nullptr, weights, axis, entropy.has_value(), kPiece);
-  const Tensor& x = inputs[0];
-  const auto type = accumulator(x);
-  Tensor total = torch::stable::new_empty(x, {plan.images}, type);
-  Tensor layers = torch::stable::new_empty(x, {int64_t(inputs.size()), plan.images}, type);
-  Tensor state = torch::stable::new_empty(x, {plan.images, plan.rows, 4}, type);
-  STD_TORCH_CHECK(
-      !entropy || (entropy->numel() == plan.images * plan.rows * 2 && entropy->is_contiguous() &&
-                   entropy->scalar_type() == ScalarType::Double),
-      "minexp::activation_kl: entropy does not fit the layers");
-  with_floating(x.scalar_type(), [&](auto* kind) {
+  auto [total, layers, state] = outputs_for(plan, inputs, entropy);
+  with_floating(inputs[0].scalar_type(), [&, &total = total, &layers = layers, &state = state](auto* kind) {
     using T = std::remove_pointer_t<decltype(kind)>;
     if (entropy)
       forward<Cached, Accumulator<T>, T>(plan, data<double>(*entropy), temperature, total, layers, state);
@@ -171,19 +195,9 @@ std::tuple<Tensor, Tensor, Tensor> activation_kl_cpu(
 Tensors activation_kl_backward_cpu(
     Tensors targets, Tensors inputs, bool cached, Tensor state, Maybe grad_total, Maybe grad_layers,
     std::vector<double> weights, double temperature, std::string axis) {
-  Tensors grads;
-  for (size_t l = 0; l < inputs.size(); ++l) {
-    grads.push_back(torch::stable::empty_like(inputs[l]));
-    if (weights.at(l) == 0) torch::stable::zero_(grads[l]);
-  }
+  Tensors grads = gradients_for(inputs, weights);
   const Plan plan = plan_layers(targets, inputs, &grads, weights, axis, cached, kPiece);
-  const auto fits = [&](const Maybe& grad, int64_t count) {
-    return !grad || (grad->numel() == count && grad->is_contiguous() && grad->scalar_type() == accumulator(inputs[0]));
-  };
-  STD_TORCH_CHECK(
-      fits(state, plan.images * plan.rows * 4) && fits(grad_total, plan.images) &&
-          fits(grad_layers, plan.images * int64_t(inputs.size())),
-      "minexp::activation_kl_backward: state or gradients do not fit the layers");
+  check_backward(plan, inputs, state, grad_total, grad_layers);
   with_floating(inputs[0].scalar_type(), [&](auto* kind) {
     using T = std::remove_pointer_t<decltype(kind)>;
     if (cached)

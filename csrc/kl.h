@@ -7,14 +7,10 @@
 
 #include <cstdint>
 #include <limits>
+#include <type_traits>
+#include <vector>
 
 #include "simd.h"
-
-#if defined(__CUDACC__)
-#define MINEXP_BOTH __host__ __device__
-#else
-#define MINEXP_BOTH
-#endif
 
 namespace minexp {
 
@@ -66,17 +62,22 @@ struct Pair {
 
   MINEXP_BOTH void merge(Pair other) {
     if (top_a == other.top_a && top_b == other.top_b) return add(other);
+    align(other);
+    add(other);
+  }
+
+  // Both get the same references.
+  MINEXP_BOTH MINEXP_RARE void align(Pair& other) {
     Real a = top_a > other.top_a ? top_a : other.top_a, b = top_b > other.top_b ? top_b : other.top_b;
     references(a, b);
     rescale(a, b), other.rescale(a, b);
-    add(other);
   }
 
   MINEXP_BOTH void add(const Pair& other) {
     sum_a += other.sum_a, sum_b += other.sum_b, growth += other.growth, slope += other.slope;
   }
 
-  MINEXP_BOTH Real loss(const double*) const {
+  MINEXP_BOTH MINEXP_RARE Real loss(const double*) const {
     const Real ratio = growth / sum_a;
     const bool close = top_a == top_b && std::fabs(ratio) < Real(.5);
     return finite_or_nan((close ? std::log1p(ratio) : top_b - top_a + std::log(sum_b / sum_a)) - slope / sum_a);
@@ -94,15 +95,20 @@ struct Cached {
 
   MINEXP_BOTH bool overflows(const Real* tops, Real rise) const { return tops[1] > top + rise; }
 
-  MINEXP_BOTH void merge(const Cached& other) {
+  MINEXP_BOTH void merge(Cached other) {
+    if (top != other.top) align(other);
+    sum += other.sum, cross += other.cross, mass += other.mass;
+  }
+
+  // Both get the same reference.
+  MINEXP_BOTH MINEXP_RARE void align(Cached& other) {
     const Real to = top > other.top ? top : other.top;
-    if (top != to) sum *= std::exp(top - to);
-    sum += other.top == to ? other.sum : other.sum * std::exp(other.top - to);
-    top = to, cross += other.cross, mass += other.mass;
+    sum *= std::exp(top - to), other.sum *= std::exp(other.top - to);
+    top = other.top = to;
   }
 
   // entropy: sum p log p and sum p of the whole row.
-  MINEXP_BOTH Real loss(const double* entropy) const {
+  MINEXP_BOTH MINEXP_RARE Real loss(const double* entropy) const {
     return finite_or_nan(Real(entropy[0] - cross + entropy[1] * (top + std::log(sum)) - entropy[1] + 1));
   }
 
@@ -114,20 +120,29 @@ struct Cached {
 struct Layer {
   const void *target, *input;
   void* grad;
-  int64_t rows, width, first_row, first_piece;
-  int32_t pieces, strided;
+  int32_t rows, width, first_row, first_piece, pieces, strided;
   float weight;
 
   MINEXP_BOTH int64_t step() const { return strided ? rows : 1; }
   MINEXP_BOTH int64_t begin(int64_t row) const { return strided ? row : row * width; }
+  MINEXP_BOTH int64_t features() const { return int64_t(rows) * width; }
 };
 
-// A single row is cut anywhere, several rows only between two of them.
-inline int32_t pieces_of(int64_t rows, int64_t width, int64_t size) {
-  if (rows == 1) return int32_t((width + size - 1) / size);
-  const int64_t together = size > width ? size / width : 1;
-  return int32_t((rows + together - 1) / together);
-}
+// What the CPU and the CUDA launcher are both given.
+struct Plan {
+  std::vector<Layer> layers;
+  int64_t images = 0, rows = 0, pieces = 0;
+
+  // Appends a layer cut into pieces of about `size` elements: a single row anywhere, several only between two of them.
+  void add(Layer layer, int64_t size) {
+    const int64_t together = size > layer.width ? size / layer.width : 1;
+    const int64_t cuts = layer.rows == 1 ? (layer.width + size - 1) / size : (layer.rows + together - 1) / together;
+    layer.pieces = layer.weight == 0 ? 0 : int32_t(cuts);
+    layer.first_row = int32_t(rows), layer.first_piece = int32_t(pieces);
+    rows += layer.rows, pieces += images * layer.pieces;
+    layers.push_back(layer);
+  }
+};
 
 struct Range {
   int64_t begin, end;

@@ -7,13 +7,23 @@
 
 // One binary for every x86-64 level, chosen when the library loads; elsewhere the plain loop.
 #if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__) && \
-    !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_UNDEFINED__) && !defined(MINEXP_NO_CLONES)
+    !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_UNDEFINED__) && !defined(__CUDACC__) && !defined(MINEXP_NO_CLONES)
 #define MINEXP_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define MINEXP_CLONES
 #endif
 
-#if defined(__GNUC__)
+#if defined(__CUDACC__)
+#define MINEXP_BOTH __host__ __device__
+#define MINEXP_RARE __noinline__  // a call costs less than the registers it would take
+#else
+#define MINEXP_BOTH
+#define MINEXP_RARE
+#endif
+
+#if defined(__CUDACC__)
+#define MINEXP_INLINE __host__ __device__ inline
+#elif defined(__GNUC__)
 #define MINEXP_INLINE inline __attribute__((always_inline))
 #else
 #define MINEXP_INLINE inline

@@ -14,6 +14,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "edges.h"
 #include "kl.h"
 
 namespace minexp {
@@ -54,14 +55,32 @@ void with_floating(ScalarType type, F f) {
 
 // ---- activation_kl ---------------------------------------------------------------------------------------------
 
-// What the CPU and the CUDA launcher are both given: the layers, cut into pieces of about `piece` elements.
-struct Plan {
-  std::vector<Layer> layers;
-  int64_t images = 0, rows = 0, pieces = 0, elements = 0;
-};
-
+// The layers of a call, cut into pieces of about `piece` elements; checks that they fit together.
 Plan plan_layers(
     const Tensors& targets, const Tensors& inputs, const Tensors* grads, const std::vector<double>& weights,
     const std::string& axis, bool cached, int64_t piece);
+std::tuple<Tensor, Tensor, Tensor> outputs_for(const Plan& plan, const Tensors& inputs, const Maybe& entropy);
+Tensors gradients_for(const Tensors& inputs, const std::vector<double>& weights);
+void check_backward(
+    const Plan& plan, const Tensors& inputs, const Tensor& state, const Maybe& grad_total, const Maybe& grad_layers);
+
+// ---- edges -----------------------------------------------------------------------------------------------------
+
+template <class F>
+void with_real(const Tensor& x, F f) {
+  if (x.scalar_type() == ScalarType::Double)
+    f(double());
+  else
+    f(float());
+}
+
+void check_edges(
+    const Tensor& strength, const Tensor& energy, const Maybe& gradient, const Maybe& source_mask,
+    const Maybe& target_mask, int64_t groups);
+std::tuple<Tensor, Tensor> topk_outputs(const Tensor& strength, const Tensor& energy, int64_t k);
+std::tuple<Tensor, Tensor> select_outputs(const Tensor& strength, const Tensor& energy, int64_t n);
+Geometry geometry_of(
+    const Tensor& weight, const Tensor& activation, const std::vector<int64_t>& stride,
+    const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation);
 
 }  // namespace minexp
