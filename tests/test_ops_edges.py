@@ -166,17 +166,17 @@ def test_a_target_mask_per_image_and_a_source_mask_for_all(device):
 
 
 def slow_positions(weight, activation, groups, stride, padding, dilation):
-    """sum over positions |W[o, i] * x[b, i]| through one convolution for each pair of channels, in float64."""
+    """sum over positions |W[o, i] * x[b, i]| through one depthwise convolution for each target, in float64."""
     weight, activation = weight.cpu().double(), activation.cpu().double()
     targets, width = weight.shape[:2]
     scores = torch.zeros(len(activation), targets, width, dtype=torch.float64)
     for o in range(targets):
-        for j in range(width):
-            i = o // (targets // groups) * width + j
-            added = torch.nn.functional.conv2d(
-                activation[:, i : i + 1], weight[o : o + 1, j : j + 1], None, stride, padding, dilation
-            )
-            scores[:, o, j] = added.abs().sum((1, 2, 3))
+        first = o // (targets // groups) * width
+        sources = activation[:, first : first + width]
+        added = torch.nn.functional.conv2d(
+            sources, weight[o].unsqueeze(1), None, stride, padding, dilation, width
+        )
+        scores[:, o] = added.abs().sum((2, 3))
     return scores
 
 
