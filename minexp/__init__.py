@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from .classifier import Classifier, load_classifier
     from .errors import MinexpError, RequestError, VerifyError
     from .explanation import Explanation, explain
-    from .training import fit
     from .masker import Masker, load_masker
+    from .training import fit
 
 
 def __getattr__(name: str) -> Any:

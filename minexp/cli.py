@@ -143,8 +143,8 @@ class Fit(WithModel):
     """Images: a folder, a glob, one image, a .txt of paths, .npz, .npy, IDX, WebDataset .tar or Parquet."""
     out: Path
     """The masker, a .safetensors file; settings and metrics go beside it."""
-    preset: Literal["default", "kl", "paper"] = "default"
-    """Objective: the project's own, activation matching by KL, or the published weights."""
+    preset: Literal["default", "kl"] = "default"
+    """default: the area's weight adapts to the decision; kl: the plain weighted sum."""
     steps: int | None = None
     """Optimisation steps."""
     epochs: float | None = None

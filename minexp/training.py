@@ -84,7 +84,10 @@ def fit(
     run = _Run(classifier, masker, objective, pixels, steps, batch, lr, seed)
     checkpoint = _Checkpoint(Path(out), run.identity(preset_name)) if out is not None else None
     resumed = checkpoint.restore(run) if checkpoint is not None and resume else False
-    with classifier.frozen(), tqdm(total=steps, initial=run.step, desc="masker", disable=not progress) as bar:
+    with (
+        classifier.frozen(),
+        tqdm(total=steps, initial=run.step, desc="masker", disable=None if progress else True) as bar,
+    ):
         while run.step < steps:
             record = run.advance()
             bar.update()
@@ -274,7 +277,9 @@ def as_pixels(images: Any, classifier: Classifier, *, progress: bool = False) ->
         pixels = torch.from_numpy(images)
         pixels = pixels.permute(0, 3, 1, 2) if pixels.ndim == 4 else pixels
     else:
-        bar = tqdm(_affordable(images, classifier), desc="reading", disable=not progress, leave=False)
+        bar = tqdm(
+            _affordable(images, classifier), desc="reading", disable=None if progress else True, leave=False
+        )
         ready = [classifier.preprocessing.pixels(i.image) for i in bar if i.image is not None]
         if not ready:
             raise RequestError(

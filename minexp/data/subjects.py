@@ -143,7 +143,7 @@ def train(
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, rate)
     model.train()
-    bar = tqdm(total=steps, desc="classifier", disable=not progress, leave=False)
+    bar = tqdm(total=steps, desc="classifier", disable=None if progress else True, leave=False)
     mean_loss = math.nan
     for _ in range(epochs):
         for index in batches(len(pixels), batch, rng):
