@@ -1,0 +1,328 @@
+"""The predicate and the certificate, against plain recomputation one image at a time."""
+
+import json
+import zlib
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import torch
+from test_regions import flood
+from tiny_models import (
+    SIDE,
+    TARGET,
+    counted,
+    filters,
+    noise_images,
+    random_masks,
+    red_images,
+    red_pixel,
+)
+from tiny_models import (
+    one_thread as one_thread,
+)
+from torch import Tensor
+
+from minexp.backgrounds import HELD_OUT, OTHER, TRAINING, Backgrounds
+from minexp.certify import Certificate, Judge, Predicate, default_micro_batch
+from minexp.classifier import Classifier
+from minexp.errors import RequestError
+from minexp.intervals import wilson
+
+MEAN = torch.tensor([0.5, 0.4, 0.3])
+ROBUST = Predicate()
+
+
+def judge(
+    classifier: Classifier,
+    predicate: Predicate = ROBUST,
+    *,
+    reference: bool = True,
+    micro_batch: int | None = None,
+    mean: Tensor = MEAN,
+) -> Judge:
+    others = noise_images(6, seed=100) if reference else None
+    return Judge(classifier, predicate, Backgrounds(mean, others, seed=2), micro_batch=micro_batch)
+
+
+# Newcombe, Statistics in Medicine 17 (1998), table I, method 3
+@pytest.mark.parametrize(
+    ("hits", "n", "low", "high"),
+    [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+        (20, 20, 1 - 0.1611, 1.0),
+    ],
+)
+def test_wilson_interval(hits: int, n: int, low: float, high: float) -> None:
+    assert wilson(hits, n) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_wilson_interval_by_hand() -> None:
+    # (1/2 + 3.8415 / 32 ± 1.95996 · sqrt(1/64 + 3.8415 / 1024)) / (1 + 3.8415 / 16) = (0.620047 ± 0.272852) / 1.240091
+    assert wilson(8, 16) == pytest.approx((0.279976, 0.720024), abs=2e-5)
+    assert wilson(0, 0) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("rho", "draws", "misses"),
+    [(0.95, 20, 1), (0.95, 10, 0), (0.9, 10, 1), (1.0, 50, 0), (0.7, 10, 3), (0.5, 5, 2)],
+)
+def test_misses_allowed(rho: float, draws: int, misses: int) -> None:
+    predicate = Predicate(rho=rho, draws=draws)
+    assert predicate.misses == misses
+    assert (draws - misses) / draws >= rho - 1e-9 > (draws - misses - 1) / draws - 1e-6
+
+
+def test_predicates_in_words() -> None:
+    assert str(Predicate("top1")) == "top-1 kept"
+    assert str(Predicate("score", tau=0.8)) == "p >= 0.8"
+    assert str(Predicate(rho=0.9, draws=20)) == "top-1 kept and robust >= 0.9 on 20 backgrounds"
+
+
+@pytest.mark.parametrize("bad", [{"kind": "best"}, {"rho": 0.0}, {"rho": 1.1}, {"draws": 0}, {"tau": -0.1}])
+def test_impossible_predicates_are_refused(bad: dict) -> None:
+    with pytest.raises(RequestError, match="predicate"):
+        Predicate(**bad)
+
+
+def pixel_mask(*places: tuple[int, int]) -> Tensor:
+    mask = torch.zeros(1, 1, SIDE, SIDE, dtype=torch.bool)
+    for place in places:
+        mask[0, 0, place[0], place[1]] = True
+    return mask
+
+
+@pytest.mark.parametrize("kind", ["top1", "score", "robust"])
+def test_a_known_minimal_mask_holds_and_nothing_less(kind: str) -> None:
+    bound = judge(red_pixel(), Predicate(kind, tau=0.9, draws=10))
+    x, label = red_images(1), torch.tensor([1])
+    for mask, wanted in [
+        (pixel_mask(TARGET), True),
+        (~pixel_mask(TARGET), False),
+        (pixel_mask(), False),
+        (torch.ones(1, 1, SIDE, SIDE, dtype=torch.bool), True),
+        (pixel_mask(TARGET, (0, 0)), True),
+        (pixel_mask((TARGET[0], TARGET[1] + 1)), False),
+    ]:
+        assert bound.holds(x, label, mask)[0].tolist() == [wanted]
+
+
+def test_score_threshold_is_of_the_explained_class() -> None:
+    x, mask, label = noise_images(8), random_masks(8), torch.arange(8) % 4
+    classifier = filters()
+    p = classifier.probabilities(torch.where(mask, x, MEAN.view(1, 3, 1, 1))).gather(1, label[:, None])[:, 0]
+    tau = float(p.median()) + 1e-4
+    holds, spent = judge(classifier, Predicate("score", tau=tau)).holds(x, label, mask)
+    assert torch.equal(holds, p >= tau) and 0 < holds.sum() < 8
+    assert spent.tolist() == [1] * 8
+
+
+def slow_holds(bound: Judge, x: Tensor, label: int, mask: Tensor) -> tuple[bool, int]:
+    """(robust predicate of one image, evaluations) draw by draw; x [1,C,H,W]."""
+    classifier, predicate = bound.classifier, bound.predicate
+    kept = int(classifier.logits(torch.where(mask, x, MEAN.view(1, 3, 1, 1))).argmax()) == label
+    spent, missed = 1, 0
+    for first in range(0, predicate.draws, 5):
+        if not kept or missed > predicate.misses:
+            break
+        for number in range(first, min(first + 5, predicate.draws)):
+            family, pick = TRAINING[number % 5], torch.tensor([[number // 5]])
+            background = bound.backgrounds.draw(family, x, pick, purpose="predicate")[0]
+            missed += int(classifier.logits(torch.where(mask, x, background)).argmax()) != label
+            spent += 1
+    return kept and missed <= predicate.misses, spent
+
+
+@pytest.mark.parametrize(("rho", "draws"), [(0.95, 10), (0.8, 12), (0.6, 10), (1.0, 3)])
+@pytest.mark.parametrize("reference", [True, False])
+def test_robust_predicate_against_single_draws(rho: float, draws: int, reference: bool) -> None:
+    classifier, n = filters(), 24
+    x, mask = noise_images(n), torch.cat([random_masks(n // 2, 0.6), random_masks(n // 2, 0.9)])
+    label = classifier.logits(x).argmax(1)
+    bound = judge(classifier, Predicate(rho=rho, draws=draws), reference=reference, micro_batch=7)
+    with counted(classifier) as count:
+        holds, spent = bound.holds(x, label, mask)
+    assert count.images == int(spent.sum())
+    slow = [slow_holds(bound, x[b : b + 1], int(label[b]), mask[b : b + 1]) for b in range(n)]
+    assert [bool(h) for h in holds] == [h for h, _ in slow]
+    assert spent.tolist() == [s for _, s in slow]
+    assert 0 < holds.sum() < n  # both answers occur
+
+
+def certify(bound: Judge, x: Tensor, mask: Tensor) -> list[Certificate]:
+    n = len(x)
+    return bound.certify(
+        x,
+        bound.logits(x),
+        mask,
+        holds=torch.arange(n) % 2 == 0,
+        threshold=torch.linspace(0.1, 0.9, n),
+        evaluations=torch.arange(n),
+    )
+
+
+def slow_certificate(bound: Judge, x: Tensor, mask: Tensor, b: int, n: int) -> dict:
+    """The certificate of image b of n from single forward passes and plain counting; x [C,H,W], mask [H,W]."""
+    classifier = bound.classifier
+    plain = mask.numpy()
+
+    def scores(kept: np.ndarray, background: Tensor) -> Tensor:
+        image = torch.empty_like(x)
+        for i in range(SIDE):
+            for j in range(SIDE):
+                image[:, i, j] = x[:, i, j] if kept[i, j] else background[:, i, j]
+        return classifier.logits(image[None])[0].softmax(0)
+
+    default = MEAN.view(3, 1, 1).expand_as(x)
+    wide = np.zeros_like(plain)
+    for i, j in zip(*np.nonzero(plain), strict=True):
+        wide[max(0, i - 1) : i + 2, max(0, j - 1) : j + 2] = True
+    full = classifier.logits(x[None])[0].softmax(0)
+    y = int(full.argmax())
+    masked = scores(plain, default)
+    first = zlib.crc32((x * 255).round().to(torch.uint8).numpy().tobytes()) % 2**31
+    families = [*TRAINING, *HELD_OUT] + ([OTHER] if bound.backgrounds.reference is not None else [])
+    hits = {}
+    for family in families:
+        draws = bound.backgrounds.draw(
+            family, x[None], torch.tensor([[first + k for k in range(4)]]), purpose="certificate"
+        )[0]
+        hits[family] = sum(int(scores(plain, draw).argmax()) == y for draw in draws)
+    train, held = sum(hits[f] for f in TRAINING), sum(hits[f] for f in HELD_OUT)
+    count = int(plain.sum())
+    inner = int(plain[1:-1, 1:-1].sum())  # 4 % of 16 is one pixel
+    return {
+        "certified": b % 2 == 0 and wilson(train, 20)[1] >= bound.predicate.rho,
+        "label": y,
+        "label_name": str(y),
+        "conf": float(full[y]),
+        "label_masked": int(masked.argmax()),
+        "conf_masked": float(masked[y]),
+        "conf_complement": float(scores(~plain, default)[y]),
+        "conf_empty": float(classifier.logits(default[None])[0].softmax(0)[y]),
+        "kept": int(masked.argmax()) == y,
+        "area": count / SIDE**2,
+        "components": flood(plain),
+        "border_share": (count - inner) / count if count else 0.0,
+        "threshold": float(torch.linspace(0.1, 0.9, n)[b]),
+        "robust_train": train / 20,
+        "robust_train_low": wilson(train, 20)[0],
+        "robust_train_high": wilson(train, 20)[1],
+        "robust_train_n": 20,
+        "robust_heldout": held / 12,
+        "robust_heldout_low": wilson(held, 12)[0],
+        "robust_heldout_high": wilson(held, 12)[1],
+        "robust_heldout_n": 12,
+        "robust_other": hits[OTHER] / 4 if OTHER in hits else None,
+        "robust_other_n": 4 if OTHER in hits else 0,
+        "dilation_kept": int(scores(wide, default).argmax()) == y,
+        "minimal_at": None,
+        "predicate": str(bound.predicate),
+        "evaluations": b + 4 + 4 * len(families),
+        "families": {family: hits[family] / 4 for family in families},
+    }
+
+
+@pytest.mark.parametrize("reference", [True, False])
+def test_every_field_against_plain_recomputation(reference: bool) -> None:
+    classifier, n = filters(), 8
+    x = noise_images(n)
+    mask = torch.cat(
+        [
+            random_masks(3, 0.5),
+            random_masks(3, 0.8, seed=1),
+            torch.zeros(1, 1, SIDE, SIDE).bool(),
+            pixel_mask((0, 0)),
+        ]
+    )
+    bound = judge(classifier, reference=reference)
+    certificates = certify(bound, x, mask)
+    seen = set()
+    for b, certificate in enumerate(certificates):
+        slow = slow_certificate(bound, x[b], mask[b, 0], b, n)
+        assert {*slow, "reason"} == {field.name for field in fields(Certificate)}
+        cause = {True: None, False: "contradict" if b % 2 == 0 else "whole image"}[slow["certified"]]
+        assert (cause or "") in (certificate.reason or "") and (cause is None) == (certificate.reason is None)
+        for name, value in slow.items():
+            got = json.loads(certificate.families) if name == "families" else getattr(certificate, name)
+            assert got == pytest.approx(value, abs=1e-5), (b, name)
+        seen |= {certificate.robust_train, certificate.robust_heldout}
+    assert len(seen) > 3, "the toy classifier should survive some backgrounds and not others"
+    assert len({c.kept for c in certificates}) == 2
+
+
+def test_a_certificate_counts_its_own_evaluations() -> None:
+    classifier, x, mask = filters(), noise_images(5), random_masks(5)
+    bound = judge(classifier, micro_batch=3)
+    logits = bound.logits(x)
+    with counted(classifier) as count:
+        certificates = bound.certify(
+            x, logits, mask, holds=torch.ones(5).bool(), threshold=torch.zeros(5), evaluations=torch.zeros(5)
+        )
+    # f(x) was given, the empty image belongs to the job and not to an image
+    assert sum(c.evaluations for c in certificates) == count.images + 5 - 1
+    with counted(classifier) as count:
+        certify(bound, x, mask)
+    assert count.images + 0 == sum(c.evaluations for c in certificates)  # now the empty image is known
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 7, 1000])
+def test_a_certificate_does_not_depend_on_the_batch(micro_batch: int) -> None:
+    x, mask = noise_images(7), random_masks(7)
+    whole = certify(judge(filters(), micro_batch=64), x, mask)
+    assert_close(certify(judge(filters(), micro_batch=micro_batch), x, mask), whole)
+    bound = judge(filters(), micro_batch=micro_batch)
+    one = certify(bound, x[4:5], mask[4:5])[0]
+    for field in fields(Certificate):
+        if field.name not in ("certified", "threshold", "evaluations"):
+            value = getattr(one, field.name)
+            assert value == pytest.approx(getattr(whole[4], field.name), abs=1e-6), field.name
+
+
+def assert_close(left: list[Certificate], right: list[Certificate]) -> None:
+    for a, b in zip(left, right, strict=True):
+        for field in fields(Certificate):
+            assert getattr(a, field.name) == pytest.approx(getattr(b, field.name), abs=1e-6), field.name
+
+
+def test_certificate_draws_are_not_the_predicates() -> None:
+    """A mask repaired until the predicate's own draws pass must be judged on others."""
+    asked: dict[str, list[Tensor]] = {}
+    classifier = filters()
+    bound = judge(classifier, Predicate(rho=0.05, draws=40))  # never stops early
+    real = bound.backgrounds.draw
+
+    def spy(family: str, x: Tensor, picks: Tensor, *, purpose: str, pool: int = 16) -> Tensor:
+        out = real(family, x, picks, purpose=purpose, pool=pool)
+        if family != "mean":  # one colour, whoever asks
+            asked.setdefault(purpose, []).extend(out.flatten(0, 1))
+        return out
+
+    bound.backgrounds.draw = spy  # type: ignore[method-assign]
+    x, mask = noise_images(1), torch.ones(1, 1, SIDE, SIDE, dtype=torch.bool)
+    bound.holds(x, classifier.logits(x).argmax(1), mask)
+    certify(bound, x, mask)
+    assert {len(v) for v in asked.values()} == {32} and len(asked) == 2
+    trained_on, fresh = asked.values()
+    assert not any(torch.equal(a, b) for a in trained_on for b in fresh)
+    assert sum(torch.equal(a, b) for a in fresh for b in fresh) <= 32 + 2 * 6  # its own draws differ, too
+
+
+def test_known_certificate_of_a_red_pixel() -> None:
+    bound = judge(red_pixel(), reference=False, mean=torch.zeros(3))
+    (certificate,) = certify(bound, red_images(1), pixel_mask(TARGET))
+    assert certificate.label == 1 and certificate.label_name == "red" and certificate.kept
+    assert certificate.area == 1 / 256 and certificate.components == 1 and certificate.border_share == 0
+    assert certificate.robust_train == certificate.robust_heldout == 1.0
+    assert certificate.conf == certificate.conf_masked > 0.99
+    assert certificate.conf_complement == certificate.conf_empty < 0.01
+    assert certificate.dilation_kept and certificate.robust_other is None and certificate.robust_other_n == 0
+    assert "certified: top-1 kept and robust >= 0.95" in str(certificate)
+
+
+def test_micro_batches_fit_the_image_size() -> None:
+    sizes = [default_micro_batch((3, side, side)) for side in (16, 64, 224, 1024)]
+    assert sizes == sorted(sizes, reverse=True) and sizes[-1] == 16 and sizes[0] == 128

@@ -1,0 +1,148 @@
+"""Repair: the smallest level set that holds, found by bisection, and every evaluation counted."""
+
+import pytest
+import torch
+from tiny_models import (
+    SIDE,
+    TARGET,
+    counted,
+    filters,
+    noise_images,
+    red_images,
+    red_pixel,
+)
+from tiny_models import (
+    one_thread as one_thread,
+)
+from torch import Tensor
+
+from minexp.backgrounds import Backgrounds
+from minexp.certify import Judge, Predicate
+from minexp.classifier import Classifier
+from minexp.repair import threshold_masks
+
+PIXELS = SIDE * SIDE
+
+
+def judge(classifier: Classifier, predicate: Predicate, mean: float = 0.0) -> Judge:
+    return Judge(classifier, predicate, Backgrounds(torch.full((3,), mean), noise_images(4, seed=50)))
+
+
+def ranked(rank: int, top: float = 0.45, seed: int = 0) -> Tensor:
+    """Probabilities [1,1,H,W], all different, from ``top`` down to 0, the decisive pixel the rank-th largest."""
+    values = torch.linspace(top, 0, PIXELS)
+    order = torch.randperm(PIXELS, generator=torch.Generator().manual_seed(seed))
+    decisive = TARGET[0] * SIDE + TARGET[1]
+    place = int((order == decisive).nonzero())
+    order[place], order[rank - 1] = order[rank - 1].clone(), order[place].clone()
+    p = torch.empty(PIXELS)
+    p[order] = values
+    return p.view(1, 1, SIDE, SIDE)
+
+
+def levels(p: Tensor) -> list[Tensor]:
+    """All level sets of p [1,1,H,W], smallest first."""
+    return [p >= value for value in p.unique(sorted=True).flip(0)]
+
+
+@pytest.mark.parametrize("kind", ["top1", "score", "robust"])
+def test_repair_ends_near_the_smallest_level_set_that_holds(kind: str) -> None:
+    ranks = [1, 2, 3, 5, 9, 17, 40, 100, 200, 255, 256]
+    x, label = red_images(len(ranks)), torch.ones(len(ranks), dtype=torch.long)
+    p = torch.cat([ranked(rank, seed=rank) for rank in ranks])
+    found = threshold_masks(judge(red_pixel(), Predicate(kind, tau=0.9)), x, label, p)
+    assert found.holds.all()
+    for rank, mask, threshold, values in zip(ranks, found.masks, found.threshold, p, strict=True):
+        size = int(mask.sum())
+        # 6 bisections of 8 octaves leave an eighth of an octave, and sizes are whole
+        assert rank <= size <= max(rank + 1, rank * 2 ** (8 / 64) + 1), (rank, size)
+        assert mask[0, TARGET[0], TARGET[1]]
+        assert torch.equal(mask, values >= threshold)
+
+
+def test_repair_finds_exactly_the_smallest_level_set_when_there_are_few() -> None:
+    """Nested squares about the decisive pixel: twelve level sets, of which the first three miss it."""
+    rows = (torch.arange(SIDE) - 3).abs()
+    distance = torch.maximum(rows[:, None], rows[None, :])  # from (3, 3); the decisive pixel is 6 away
+    p = 0.49 * (1 - distance / 20.0)[None, None]
+    bound, x = judge(red_pixel(), Predicate("top1")), red_images(1)
+    smallest = next(m for m in levels(p) if m[0, 0, TARGET[0], TARGET[1]])
+    found = threshold_masks(bound, x, torch.tensor([1]), p)
+    assert torch.equal(found.masks, smallest) and found.holds.all()
+    assert found.threshold.item() == p[0, 0, TARGET[0], TARGET[1]].item()
+
+
+def test_a_mask_that_holds_is_returned_as_it_is() -> None:
+    p = ranked(40, top=1.0)
+    found = threshold_masks(judge(red_pixel(), Predicate("top1")), red_images(1), torch.tensor([1]), p)
+    assert torch.equal(found.masks, p > 0.5)
+    assert found.threshold.tolist() == [0.5] and found.holds.all() and found.evaluations.tolist() == [1]
+
+
+@pytest.mark.parametrize("predicate", [Predicate("top1"), Predicate(rho=1.0, draws=20)])
+def test_keep_all_always_keeps_the_top_class(predicate: Predicate) -> None:
+    classifier, x = filters(), noise_images(16)
+    label = classifier.logits(x).argmax(1)
+    nothing = torch.zeros(16, 1, SIDE, SIDE)  # one level set: keep-all
+    found = threshold_masks(judge(classifier, predicate, 0.5), x, label, nothing)
+    assert found.holds.all()
+    repaired = found.masks.flatten(1).sum(1)
+    assert set(repaired.tolist()) <= {0, PIXELS} and (repaired == PIXELS).sum() > 4
+    random = torch.rand(16, 1, SIDE, SIDE, generator=torch.Generator().manual_seed(0)) * 0.5
+    again = threshold_masks(judge(classifier, predicate, 0.5), x, label, random)
+    assert again.holds.all()
+    assert judge(classifier, predicate, 0.5).holds(x, label, again.masks)[0].all()
+
+
+def test_a_score_that_even_the_whole_image_misses_is_reported() -> None:
+    classifier, x = filters(), noise_images(12)
+    logits = classifier.logits(x)
+    best = logits.softmax(1).amax(1)
+    tau = float(best.median())
+    bound = judge(classifier, Predicate("score", tau=tau), 0.5)
+    p = torch.rand(12, 1, SIDE, SIDE, generator=torch.Generator().manual_seed(0)) * 0.4
+    found = threshold_masks(bound, x, logits.argmax(1), p)
+    again = bound.holds(x, logits.argmax(1), found.masks)[0]
+    assert torch.equal(found.holds, again)
+    assert found.holds[best >= tau].all() and not found.holds.all()
+    failed = ~found.holds
+    assert (found.masks[failed].flatten(1).sum(1) == PIXELS).all()
+
+
+@pytest.mark.parametrize("tighten", [False, True])
+@pytest.mark.parametrize(
+    "predicate", [Predicate("top1"), Predicate("score", tau=0.6), Predicate(rho=0.8, draws=10)]
+)
+def test_evaluations_are_what_went_through_the_model(predicate: Predicate, tighten: bool) -> None:
+    classifier, x = filters(), noise_images(16)
+    label = classifier.logits(x).argmax(1)
+    p = torch.rand(16, 1, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
+    with counted(classifier) as count:
+        found = threshold_masks(judge(classifier, predicate, 0.5), x, label, p, tighten=tighten)
+    assert int(found.evaluations.sum()) == count.images
+    assert found.evaluations.min() < found.evaluations.max()
+
+
+def test_tightening_never_gives_up_what_holds() -> None:
+    classifier, x = filters(), noise_images(16)
+    label = classifier.logits(x).argmax(1)
+    bound = judge(classifier, Predicate(rho=0.8, draws=10), 0.5)
+    rng = torch.Generator().manual_seed(2)
+    p = 0.3 + 0.7 * torch.rand(16, 1, SIDE, SIDE, generator=rng)
+    loose = threshold_masks(bound, x, label, p)
+    tight = threshold_masks(bound, x, label, p, tighten=True)
+    areas, tighter = (m.masks.flatten(1).sum(1) for m in (loose, tight))
+    assert (tighter <= areas).all() and (tighter < areas).any()
+    assert tight.holds.all() and bound.holds(x, label, tight.masks)[0].all()
+    for values, mask, threshold in zip(p, tight.masks, tight.threshold, strict=True):
+        assert torch.equal(mask, values >= threshold) or threshold == 0.5
+
+
+def test_the_known_pixel_is_found_by_tightening() -> None:
+    p = 0.5 + ranked(4)  # all above the threshold, the decisive pixel fourth
+    found = threshold_masks(
+        judge(red_pixel(), Predicate("top1")), red_images(1), torch.tensor([1]), p, tighten=True
+    )
+    # from 256 pixels down to a quarter by four bisections
+    assert found.holds.all() and found.masks[0, 0, TARGET[0], TARGET[1]]
+    assert int(found.masks.sum()) <= PIXELS // 4 * 2 ** (2 / 16) + 1
