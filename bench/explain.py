@@ -18,7 +18,7 @@ import torch
 from minexp.backgrounds import HELD_OUT, OTHER, TRAINING
 from minexp.certify import PER_FAMILY, Predicate
 from minexp.classifier import Classifier
-from minexp.data.subjects import SceneNet
+from minexp.data.subjects import digits
 from minexp.explanation import explain, make_backgrounds
 from minexp.masker import Architecture, Masker
 from minexp.specs import build
@@ -31,11 +31,7 @@ def measure(quiet: bool) -> list[dict[str, Any]]:
     """Rows for the built-in scenes' classifier at 64² and, where torchvision is installed, ResNet-18 at 224²."""
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    net = SceneNet(10).to(device)
-    for parameter in net.parameters():
-        if parameter.ndim == 4:  # as the demo runs it
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-    cases = [("scenes", Classifier(net, size=64), 64)]
+    cases = [("scenes", digits().to(device), 64)]
     if importlib.util.find_spec("torchvision") is not None:
         built = build("torchvision:resnet18", num_classes=None, pretrained=False, trust_model=False)
         cases.append(("resnet18", Classifier(built.model.to(device), preprocessing=built.preprocessing), 4))
