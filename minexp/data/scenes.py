@@ -244,7 +244,7 @@ def _digit_scene(
 def _shortcut_scene(n: int, rng: torch.Generator, split: Split, decisive: bool) -> _Part:
     """A fainter digit, and a framed corner patch whose hue names the class in 95 % of the images."""
     image, labels, box, strokes, patch = _digit_scene(n, rng, split, scale=(24, 30), contrast=0.25)
-    honest = _uniform(rng, n) < (SHORTCUT_RATE if decisive else 0.1)
+    honest = _uniform(rng, n) < (SHORTCUT_RATE if decisive else 0.0)
     named = torch.where(honest, labels, torch.randint(10, (n,), generator=rng))
     hue = 2 * math.pi * named / 10
     colour = 0.5 + 0.45 * torch.stack([torch.cos(hue + shift) for shift in (0.0, 2.094, 4.189)], 1)
