@@ -113,6 +113,8 @@ class Demo(Command):
     """Scenes to train the classifier on."""
     steps: int = 1200
     """Training steps of the masker."""
+    augment: bool = True
+    """Train the classifier without noise and erased regions: a brittle subject, whose masks have to be large."""
     seed: int = 0
     """Seed of everything random."""
 
@@ -125,6 +127,7 @@ class Demo(Command):
             images=self.images,
             scenes=self.scenes,
             steps=self.steps,
+            augmented=self.augment,
             seed=self.seed,
             quiet=self.quiet or self.json,
         )
