@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-COLUMNS = ("op", "provider", "mode", "shape", "threads", "p20", "p50", "p80", "bound", "ratio")
+COLUMNS = ("op", "provider", "mode", "shape", "threads", "p20", "p50", "p80", "bound", "ratio", "speedup")
 SUITES = tuple(sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem != "run"))
 
 

@@ -116,10 +116,10 @@ void forward(const Plan& plan, const double* entropy, double temperature, Tensor
     const P* target = static_cast<const P*>(layer.target) + offset;
     const T* input = static_cast<const T*>(layer.input) + offset;
     if (layer.rows == 1) {
-      parts[number] = row_state<State>(target, input, 1, part(layer.width, layer.pieces, piece), scale);
+      parts[number] = row_state<State>(target, input, 1, layer.range(piece), scale);
       return;
     }
-    const Range rows = part(layer.rows, layer.pieces, piece);
+    const Range rows = layer.range(piece);
     for (int64_t r = rows.begin; r < rows.end; ++r) {
       const int64_t begin = layer.begin(r);
       const State row = row_state<State>(target + begin, input + begin, step, Range{0, layer.width}, scale);
@@ -163,11 +163,11 @@ void backward(const Plan& plan, const Tensor& state, const Maybe& grad_total, co
     const Real slope = (totals ? layer.weight * totals[image] : 0) + (losses ? losses[l * plan.images + image] : 0);
     const Real c = Real(slope / (temperature * double(layer.rows))), scale = Real(1 / temperature);
     if (layer.rows == 1) {
-      const Range range = part(layer.width, layer.pieces, piece);
+      const Range range = layer.range(piece);
       row_gradient<Algebra<double>>(target, input, grad, 1, range, scale, rows[0], c);
       return;
     }
-    const Range range = part(layer.rows, layer.pieces, piece);
+    const Range range = layer.range(piece);
     for (int64_t r = range.begin; r < range.end; ++r) {
       const int64_t begin = layer.begin(r);
       row_gradient<Algebra<double>>(

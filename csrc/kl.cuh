@@ -230,7 +230,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Real) == 4 ? 2 : 1) kl_forwar
 
   bool some;
   if (layer.rows == 1) {
-    const Range range = part(layer.width, layer.pieces, place.piece);
+    const Range range = layer.range(place.piece);
     const bool whole = table.aligned && offset % Width == 0 && range.begin % Width == 0;
     State state =
         whole ? member_state<State, Width>(target, input, 1, range.begin, range.end, thread, kThreads, scale, memory, some)
@@ -245,7 +245,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Real) == 4 ? 2 : 1) kl_forwar
       parts[blockIdx.x].state = state;
     }
   } else {
-    const Range rows = part(layer.rows, layer.pieces, place.piece);
+    const Range rows = layer.range(place.piece);
     double loss = 0;
     const int team = layer.strided ? 1 : 32;
     for (int64_t row = rows.begin + thread / team; row < rows.end; row += kThreads / team) {
@@ -349,14 +349,14 @@ __global__ void __launch_bounds__(kThreads, sizeof(Real) == 4 ? 2 : 1) kl_backwa
   const Real c = Real(slope / (table.temperature * layer.rows));
   const int thread = threadIdx.x;
   if (layer.rows == 1) {
-    const Range range = part(layer.width, layer.pieces, place.piece);
+    const Range range = layer.range(place.piece);
     if (table.aligned && offset % Width == 0 && range.begin % Width == 0)
       member_gradient<State, Width>(target, input, grad, 1, range.begin, range.end, thread, kThreads, scale, rows[0], c);
     else
       member_gradient<State, 1>(target, input, grad, 1, range.begin, range.end, thread, kThreads, scale, rows[0], c);
     return;
   }
-  const Range range = part(layer.rows, layer.pieces, place.piece);
+  const Range range = layer.range(place.piece);
   const int team = layer.strided ? 1 : 32;
   for (int64_t row = range.begin + thread / team; row < range.end; row += kThreads / team) {
     const int64_t begin = layer.begin(row);

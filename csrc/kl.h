@@ -115,17 +115,29 @@ struct Cached {
   MINEXP_BOTH Saved<double> saved() const { return {double(top), double(sum), double(top), double(sum)}; }
 };
 
+struct Range {
+  int64_t begin, end;
+};
+
 // One layer: `rows` softmaxes of `width` elements in each image; row r begins at r * (strided ? 1 : width) and
-// steps by strided ? rows : 1. An image is cut into `pieces` of about equal size, numbered from `first_piece`.
+// steps by strided ? rows : 1. An image is cut into `pieces` of `each` elements or rows, numbered from
+// `first_piece`.
 struct Layer {
   const void *target, *input;
   void* grad;
-  int32_t rows, width, first_row, first_piece, pieces, strided;
+  int32_t rows, width, first_row, first_piece, pieces, each;
   float weight;
+  bool strided;
 
   MINEXP_BOTH int64_t step() const { return strided ? rows : 1; }
   MINEXP_BOTH int64_t begin(int64_t row) const { return strided ? row : row * width; }
   MINEXP_BOTH int64_t features() const { return int64_t(rows) * width; }
+
+  // A piece's elements where there is one row, else its rows.
+  MINEXP_BOTH Range range(int64_t piece) const {
+    const int64_t all = rows == 1 ? width : rows, end = (piece + 1) * each;
+    return {piece * each, end < all ? end : all};
+  }
 };
 
 // What the CPU and the CUDA launcher are both given.
@@ -135,22 +147,14 @@ struct Plan {
 
   // Appends a layer cut into pieces of about `size` elements: a single row anywhere, several only between two of them.
   void add(Layer layer, int64_t size) {
-    const int64_t together = size > layer.width ? size / layer.width : 1;
-    const int64_t cuts = layer.rows == 1 ? (layer.width + size - 1) / size : (layer.rows + together - 1) / together;
-    layer.pieces = layer.weight == 0 ? 0 : int32_t(cuts);
+    const int64_t all = layer.rows == 1 ? layer.width : layer.rows;
+    layer.each = int32_t(layer.rows == 1 ? size : size > layer.width ? size / layer.width : 1);
+    layer.pieces = layer.weight == 0 ? 0 : int32_t((all + layer.each - 1) / layer.each);
     layer.first_row = int32_t(rows), layer.first_piece = int32_t(pieces);
     rows += layer.rows, pieces += images * layer.pieces;
     layers.push_back(layer);
   }
 };
-
-struct Range {
-  int64_t begin, end;
-};
-
-MINEXP_BOTH inline Range part(int64_t total, int64_t pieces, int64_t piece) {
-  return {total * piece / pieces, total * (piece + 1) / pieces};
-}
 
 // ---- CPU tiles -------------------------------------------------------------------------------------------------
 

@@ -92,7 +92,7 @@ static void test_plan() {
       plan.add(layer, 16384);
       int64_t covered = 0;
       for (int p = 0; p < plan.layers[0].pieces; ++p) {
-        const Range range = part(rows == 1 ? width : rows, plan.layers[0].pieces, p);
+        const Range range = plan.layers[0].range(p);
         require(range.begin == covered && range.end > range.begin, "pieces follow one another");
         covered = range.end;
       }
