@@ -180,7 +180,7 @@ class Judge:
         """[B, len(draws)]: is the class kept on each (family, number or numbers [B]) background?"""
         kept = torch.empty(len(x), len(draws), dtype=torch.bool, device=x.device)
         block = max(1, self.micro_batch // len(draws))
-        for part in torch.arange(len(x), device=x.device).split(block):
+        for part in torch.arange(len(x)).split(block):  # on the CPU: it indexes numbers there, too
             filled = []
             for family, number in draws:
                 picks = number[part] if isinstance(number, Tensor) else torch.full((len(part),), number)

@@ -74,9 +74,10 @@ def fit(
     pixels = as_pixels(images, classifier, progress=progress)
     batch = min(batch, len(pixels))
     steps = _steps(steps, epochs, len(pixels), batch)
-    torch.manual_seed(seed)
     _, channels, height, width = pixels.shape
-    masker = Masker(Architecture(channels=channels, stride=2 if min(height, width) < 128 else 4))
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
+        torch.manual_seed(seed)
+        masker = Masker(Architecture(channels=channels, stride=2 if min(height, width) < 128 else 4))
     masker.to(classifier.device)
     picks = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))[:REFERENCES]
     masker.reference = pixels[picks].to(classifier.device)

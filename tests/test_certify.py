@@ -288,6 +288,15 @@ def assert_close(left: list[Certificate], right: list[Certificate]) -> None:
             assert getattr(a, field.name) == pytest.approx(getattr(b, field.name), abs=1e-6), field.name
 
 
+def test_scores_do_not_depend_on_the_batch() -> None:
+    """To the bit: what a score rounds to decides ties, and descents enlarge the difference."""
+    x = noise_images(9)
+    whole = judge(filters(), micro_batch=64).logits(x)
+    for micro_batch in (1, 2, 4, 7):
+        assert torch.equal(judge(filters(), micro_batch=micro_batch).logits(x), whole), micro_batch
+    assert torch.equal(judge(filters()).logits(x[3:4]), whole[3:4])
+
+
 def test_certificate_draws_are_not_the_predicates() -> None:
     """A mask repaired until the predicate's own draws pass must be judged on others."""
     asked: dict[str, list[Tensor]] = {}

@@ -169,7 +169,7 @@ def test_an_explanation_is_a_sequence() -> None:
 @pytest.mark.parametrize("throws", [False, True])
 def test_the_model_is_as_it_was_afterwards(effort: Effort, throws: bool) -> None:
     classifier = tiles().classifier
-    model = classifier.model.train()
+    model = classifier.model.train().requires_grad_(True)
     first = next(model.parameters())
     first.requires_grad_(False)
     before, weights = state(model), {k: v.clone() for k, v in model.state_dict().items()}

@@ -136,7 +136,7 @@ def test_a_start_from_logits_is_where_it_starts() -> None:
 @pytest.mark.parametrize("throws", [False, True])
 def test_the_model_is_as_it_was_afterwards(throws: bool) -> None:
     classifier = filters()
-    model = classifier.model.train()
+    model = classifier.model.train().requires_grad_(True)
     model.conv.weight.requires_grad_(False)
     before = state(model)
     if throws:
