@@ -140,6 +140,9 @@ def random_mixture(
     return out
 
 
+POOL = 16  # different draws of a family and purpose, unless more are asked for
+
+
 class Backgrounds:
     """Draws of a job's backgrounds for inputs of one shape.
 
@@ -162,7 +165,7 @@ class Backgrounds:
         """True when a draw does not depend on the explained image."""
         return family not in FROM_IMAGE and (self.reference is not None or family not in FROM_REFERENCE)
 
-    def draw(self, family: str, x: Tensor, picks: Tensor, *, purpose: str, pool: int = 16) -> Tensor:
+    def draw(self, family: str, x: Tensor, picks: Tensor, *, purpose: str, pool: int = POOL) -> Tensor:
         """Backgrounds [B,k,C,H,W]: for image b of x [B,C,H,W] the draws numbered picks [B,k] (taken mod ``pool``).
 
         ``purpose`` names an independent stream: the predicate's draws are never the certificate's.

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backgrounds import HELD_OUT, OTHER, TRAINING, Backgrounds
+from .backgrounds import HELD_OUT, OTHER, POOL, TRAINING, Backgrounds
 from .classifier import Classifier
 from .errors import RequestError
 from .intervals import wilson
@@ -168,14 +168,21 @@ class Judge:
                 break
             numbers = range(first, min(first + len(TRAINING), self.predicate.draws))
             pairs = [(TRAINING[n % len(TRAINING)], n // len(TRAINING)) for n in numbers]
-            kept = self._kept_on(x[alive], label[alive], mask[alive], pairs, "predicate")
+            pool = max(POOL, -(-self.predicate.draws // len(TRAINING)))  # no draw counts twice
+            kept = self._kept_on(x[alive], label[alive], mask[alive], pairs, "predicate", pool)
             missed[alive] += (~kept).sum(1)
             spent[alive] += len(pairs)
             ok &= missed <= self.predicate.misses
         return ok, spent
 
     def _kept_on(
-        self, x: Tensor, label: Tensor, mask: Tensor, draws: Sequence[tuple[str, int | Tensor]], purpose: str
+        self,
+        x: Tensor,
+        label: Tensor,
+        mask: Tensor,
+        draws: Sequence[tuple[str, int | Tensor]],
+        purpose: str,
+        pool: int = POOL,
     ) -> Tensor:
         """[B, len(draws)]: is the class kept on each (family, number or numbers [B]) background?"""
         kept = torch.empty(len(x), len(draws), dtype=torch.bool, device=x.device)
@@ -184,7 +191,9 @@ class Judge:
             filled = []
             for family, number in draws:
                 picks = number[part] if isinstance(number, Tensor) else torch.full((len(part),), number)
-                background = self.backgrounds.draw(family, x[part], picks[:, None], purpose=purpose)[:, 0]
+                background = self.backgrounds.draw(
+                    family, x[part], picks[:, None], purpose=purpose, pool=pool
+                )[:, 0]
                 filled.append(torch.where(mask[part], x[part], background))
             predicted = self.logits(torch.cat(filled)).argmax(1).view(len(draws), len(part))
             kept[part] = (predicted == label[part]).T

@@ -235,7 +235,11 @@ def _enlarge(
     index = torch.tensor(again, device=x.device)
     size, scores = found.masks[index].flatten(1).sum(1), logits[index]
     larger = threshold_masks(
-        judge.stricter(2**attempt), x[index], scores.argmax(1), order[index], at_least=(size * GROW).long()
+        judge.stricter(2**attempt),
+        x[index],
+        scores.argmax(1),
+        order[index],
+        at_least=(size * GROW).ceil().long(),
     )
     spent = (
         torch.tensor([certificates[b].evaluations for b in again], device=x.device) + larger.evaluations - 1

@@ -3,6 +3,7 @@
 import json
 import zlib
 from dataclasses import fields
+from typing import Any
 
 import numpy as np
 import pytest
@@ -318,6 +319,23 @@ def test_certificate_draws_are_not_the_predicates() -> None:
     trained_on, fresh = asked.values()
     assert not any(torch.equal(a, b) for a in trained_on for b in fresh)
     assert sum(torch.equal(a, b) for a in fresh for b in fresh) <= 32 + 2 * 6  # its own draws differ, too
+
+
+def test_no_draw_of_a_predicate_counts_twice() -> None:
+    classifier = filters()
+    bound = judge(classifier, Predicate(rho=0.01, draws=100))
+    real, asked = bound.backgrounds.draw, []
+
+    def spy(family: str, *arguments: Any, **options: Any) -> Tensor:
+        out = real(family, *arguments, **options)
+        if family == "uniform":
+            asked.append(tuple(out.flatten().tolist()))
+        return out
+
+    bound.backgrounds.draw = spy  # type: ignore[method-assign]
+    x, mask = noise_images(1), torch.ones(1, 1, SIDE, SIDE, dtype=torch.bool)
+    assert bound.holds(x, classifier.logits(x).argmax(1), mask)[1].tolist() == [101]
+    assert len(asked) == len(set(asked)) == 20
 
 
 def test_known_certificate_of_a_red_pixel() -> None:

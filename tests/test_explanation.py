@@ -23,6 +23,7 @@ from tiny_models import (
 )
 from trained_tiles import masker, tiles
 
+from minexp import explanation
 from minexp.certify import Certificate, Predicate
 from minexp.data.store import SCHEMA, unpack_mask
 from minexp.errors import RequestError
@@ -124,6 +125,22 @@ def test_whatever_fresh_draws_contradict_is_enlarged_or_marked() -> None:
         assert certificate.certified == (certificate.robust_train_high >= 0.95)
         assert certificate.kept
     assert np.mean([c.area for c in strict.certificates]) > np.mean([c.area for c in lenient.certificates])
+
+
+def test_enlarging_helps_and_touches_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    classifier, x, weak = filters(), noise_images(24), Predicate(rho=0.95, draws=5)
+    final = explain(classifier, x, predicate=weak, refinement=SHORT)
+    monkeypatch.setattr(explanation, "RETRIES", 0)
+    first = explain(classifier, x, predicate=weak, refinement=SHORT)
+    contradicted = [b for b, c in enumerate(first.certificates) if not c.certified]
+    assert contradicted and sum(c.certified for c in final.certificates) > 24 - len(contradicted)
+    for b in range(24):
+        if b in contradicted:
+            assert final.masks[b].sum() > first.masks[b].sum()
+            assert final.certificates[b].evaluations > first.certificates[b].evaluations
+        else:
+            assert torch.equal(final.masks[b], first.masks[b])
+            assert final.certificates[b] == first.certificates[b]
 
 
 def test_a_predicate_that_even_the_whole_image_fails_is_reported() -> None:
