@@ -55,9 +55,10 @@ def extension() -> dict:
     home = cpp_extension.CUDA_HOME
     if knob("MINEXP_CUDA") != "0":
         if home and torch.version.cuda:
-            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+            architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
             sources += CUDA_SOURCES
             macros += [("MINEXP_CUDA", None), ("USE_CUDA", None)]
+            macros.append(("MINEXP_CUDA_ARCHITECTURES", f'"{architectures}"'))
             includes.append(str(Path(home, "include")))
             libraries += [str(path) for path in (Path(home, "lib64"), Path(home, "lib")) if path.is_dir()]
             links = ["-lcudart_static", "-lrt", "-ldl", "-lpthread"]

@@ -16,24 +16,28 @@ from __future__ import annotations
 import argparse
 import csv
 import ctypes
+import os
 import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, which counts memory, is quiet
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from minexp import KLTarget, _edges, _kl, activation_kl, edge_topk
-from minexp._ops import edge_position_topk, kernel_status
+from minexp import _edges, _kl
+from minexp._ops import KLTarget, activation_kl, edge_position_topk, edge_topk, kernel_status
 
 RESULTS = Path(__file__).parent / "results"
-NETWORKS = {
+NETWORKS: dict[str, list[tuple[int, ...]]] = {
     "resnet18": [(64, 56, 56), (128, 28, 28), (256, 14, 14), (512, 7, 7)],
     "resnet50": [(256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7)],
     "vit_b": [(768, 197)] * 4,
@@ -89,10 +93,10 @@ def cases(full: bool, device: torch.device) -> Iterator[Callable[[], list[Row]]]
         for network in networks:
             for batch in batches:
                 compiled = network == "resnet18" and batch >= 32 and threads == 1
-                yield lambda n=network, b=batch, t=threads, c=compiled: kl_case(n, b, t, device, compiled=c)
+                yield partial(kl_case, network, batch, threads, device, compiled=compiled)
         for shape in EDGES if threads == 1 or full else EDGES[:1]:
-            yield lambda s=shape, t=threads: edge_case(*s, batch=64, threads=t, device=device)
-    yield lambda: position_case(512, 512, 7, batch=64, device=device)
+            yield partial(edge_case, *shape, batch=64, threads=threads, device=device)
+    yield partial(position_case, 512, 512, 7, batch=64, device=device)
     if device.type == "cpu":
         yield fit_case
 

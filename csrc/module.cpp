@@ -14,3 +14,14 @@ STABLE_TORCH_LIBRARY_IMPL(minexp, CPU, m) { MINEXP_REGISTER(m, cpu) }
 #if defined(MINEXP_CUDA)
 STABLE_TORCH_LIBRARY_IMPL(minexp, CUDA, m) { MINEXP_REGISTER(m, cuda) }
 #endif
+
+#if !defined(MINEXP_CUDA_ARCHITECTURES)
+#define MINEXP_CUDA_ARCHITECTURES ""
+#endif
+extern "C"
+#if defined(__GNUC__)
+    __attribute__((visibility("default")))
+#endif
+    const char* minexp_cuda_architectures() {  // read through ctypes by minexp/_extension.py
+  return MINEXP_CUDA_ARCHITECTURES;
+}

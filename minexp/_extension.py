@@ -1,5 +1,6 @@
 """Finds the compiled kernels, if they were built, and says why any are missing."""
 
+import ctypes
 import os
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,9 @@ def kernel_status() -> dict[str, Any]:
         if not status[name]:
             status["why"][name] = _why_not or "built without CUDA (needs CUDA_HOME and a CUDA build of torch)"
     if status["cuda"]:
-        status["architectures"] = torch.ops.minexp.cuda_architectures()
+        library = ctypes.CDLL(str(Path(__file__).parent / str(_loaded_from)))
+        library.minexp_cuda_architectures.restype = ctypes.c_char_p
+        status["architectures"] = library.minexp_cuda_architectures().decode()
         if not torch.cuda.is_available():
             status["why"]["device"] = "CUDA kernels are loaded, but torch sees no CUDA device"
     return status
