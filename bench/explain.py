@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from minexp.backgrounds import HELD_OUT, OTHER, TRAINING
+from minexp.backgrounds import HELD_OUT, OTHER, RANDOM
 from minexp.certify import PER_FAMILY, Predicate
 from minexp.classifier import Classifier
 from minexp.data.subjects import digits
@@ -48,7 +48,7 @@ def _rows(name: str, classifier: Classifier, batch: int, quiet: bool) -> list[di
     )
     x = torch.rand(batch, channels, height, width, device=classifier.device)
     backgrounds = make_backgrounds(classifier, masker)  # once a job, as in `minexp explain`
-    k = Predicate().draws + PER_FAMILY * len([*TRAINING, *HELD_OUT, OTHER])
+    k = Predicate().draws + PER_FAMILY * len([*RANDOM, *HELD_OUT, OTHER])
     calls: dict[str, Callable[[], Any]] = {
         "forward": lambda: [_forward(classifier, x) for _ in range(2 + k)],
         "masker": lambda: masker.probabilities(x),

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 TRAINING = ("mean", "uniform", "gaussian", "flat", "phase")
+RANDOM = TRAINING[1:]  # the mean colour is one picture: two draws of it are the same
 HELD_OUT = ("blur", "shuffled", "texture")
 OTHER = "other"  # whole other images: they bring rival evidence, so they are reported apart
 FROM_REFERENCE = ("phase", "shuffled", OTHER)  # drawn from other images of the data

@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backgrounds import HELD_OUT, OTHER, POOL, TRAINING, Backgrounds
+from .backgrounds import HELD_OUT, OTHER, POOL, RANDOM, Backgrounds
 from .classifier import Classifier
 from .errors import RequestError
 from .intervals import wilson
 from .regions import border_share, components
 
-PER_FAMILY = 4  # certificate draws a family
+PER_FAMILY = 5  # certificate draws a family
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class Predicate:
     """When does a mask explain a decision? A deterministic function of (image, mask) for one job's backgrounds.
 
     kind "top1": argmax f(e) is the image's class on the default background; "score": p_y(e) ≥ tau;
-    "robust": top-1 kept and kept on at least the share ``rho`` of ``draws`` backgrounds of the training families.
+    "robust": top-1 kept and kept on at least the share ``rho`` of ``draws`` random backgrounds of the training
+    families (those of which two draws differ; the mean colour is the default background).
     """
 
     kind: Literal["top1", "score", "robust"] = "robust"
@@ -161,14 +162,14 @@ class Judge:
         if self.predicate.kind == "top1":
             return ok, spent
         missed = torch.zeros_like(spent)
-        for first in range(0, self.predicate.draws, len(TRAINING)):
+        for first in range(0, self.predicate.draws, len(RANDOM)):
             # a wave of one draw a family; images that can no longer pass are not asked again
             alive = ok.nonzero().flatten()
             if not len(alive):
                 break
-            numbers = range(first, min(first + len(TRAINING), self.predicate.draws))
-            pairs = [(TRAINING[n % len(TRAINING)], n // len(TRAINING)) for n in numbers]
-            pool = max(POOL, -(-self.predicate.draws // len(TRAINING)))  # no draw counts twice
+            numbers = range(first, min(first + len(RANDOM), self.predicate.draws))
+            pairs = [(RANDOM[n % len(RANDOM)], n // len(RANDOM)) for n in numbers]
+            pool = max(POOL, -(-self.predicate.draws // len(RANDOM)))  # no draw counts twice
             kept = self._kept_on(x[alive], label[alive], mask[alive], pairs, "predicate", pool)
             missed[alive] += (~kept).sum(1)
             spent[alive] += len(pairs)
@@ -230,7 +231,7 @@ class Judge:
             3, len(x), -1
         )
         masked, complement, wider = probe.softmax(2)
-        held_out, families = list(HELD_OUT), [*TRAINING, *HELD_OUT]
+        families = [*RANDOM, *HELD_OUT]
         if self.backgrounds.reference is not None:
             families.append(OTHER)
         start = torch.tensor([zlib.crc32(image.tobytes()) for image in _bytes(x)])
@@ -243,9 +244,12 @@ class Judge:
         picked = [t.gather(1, label[:, None])[:, 0].tolist() for t in (masked, complement)]
         rows = []
         for b, y in enumerate(label.tolist()):
-            by_family = dict(zip(families, kept[b].float().mean(1).tolist(), strict=True))
-            train = _share([kept[b, families.index(f)] for f in TRAINING])
-            held = _share([kept[b, families.index(f)] for f in held_out])
+            same = int(masked[b].argmax()) == y
+            by_family = {"mean": float(same)} | dict(
+                zip(families, kept[b].float().mean(1).tolist(), strict=True)
+            )
+            train = _share([kept[b, families.index(f)] for f in RANDOM])
+            held = _share([kept[b, families.index(f)] for f in HELD_OUT])
             other = _share([kept[b, families.index(OTHER)]]) if OTHER in families else (None, 0.0, 1.0, 0)
             plain = mask[b, 0].cpu().numpy()
             reason = None
@@ -264,7 +268,7 @@ class Judge:
                     conf_masked=picked[0][b],
                     conf_complement=picked[1][b],
                     conf_empty=float(empty[y]),
-                    kept=int(masked[b].argmax()) == y,
+                    kept=same,
                     area=float(plain.mean()),
                     components=components(plain),
                     border_share=border_share(plain),

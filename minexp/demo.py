@@ -182,8 +182,14 @@ def _masker(
 ) -> Masker:
     path = out / "masker.safetensors"
     if path.is_file():
+        masker = load_masker(path, classifier)
+        if masker.metadata.get("steps") != steps:
+            raise RequestError(
+                f"{path}: fitted with {masker.metadata.get('steps')} steps, not {steps}; "
+                "choose another --out, or delete it"
+            )
         say.stage(f"masker: {path} exists")
-        return load_masker(path, classifier)
+        return masker
     training = scene_data.make(variant, MASKER_IMAGES, seed=seed + 1, split="train")
     return fit(classifier, training.images, steps=steps, out=path, seed=seed, progress=not say.quiet)
 

@@ -29,6 +29,7 @@ GROW = 1.1  # the least an enlarged mask gains
 @dataclass(frozen=True)
 class Explanation:
     """Certified masks of a batch: masks bool [B,H,W] of the pixels kept, x float [B,C,H,W], background [1,C,1,1].
+    milliseconds: wall time an image, averaged over the call.
 
     Indexing gives one image's Explanation; ``certificates`` has one entry an image.
     """
@@ -145,7 +146,8 @@ def explain(
     effort "fast": the masker's mask, repaired where the predicate fails; "refined": optimised per image, from
     the masker's output or, without a masker, from keep-all. A mask whose fresh draws contradict the predicate is
     enlarged on more draws and certified anew. ``backgrounds`` are made once a job from ``seed``
-    (make_backgrounds), so that the answer for an image does not depend on its batch.
+    (make_backgrounds), so that the answer for an image does not depend on its batch; when given, they stand in for
+    ``background``, ``reference`` and ``seed``.
     Raises RequestError for input that is not such a batch or a fast explanation without a masker.
     """
     started = time.perf_counter()

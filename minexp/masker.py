@@ -147,6 +147,8 @@ class Masker(nn.Module):
             raise RequestError(
                 f"{path}: a safetensors file, but not a masker ({FORMAT}); make one with `minexp fit`"
             )
+        if not {"architecture"} <= about.keys() or not {"reference", "mean"} <= state.keys():
+            raise RequestError(f"{path}: a masker without its architecture or its images; fit it again")
         kind = about.pop("architecture")
         masker = Masker(Architecture(kind["channels"], tuple(kind["widths"]), kind["stride"]))
         masker.reference = torch.zeros_like(state["reference"])

@@ -7,7 +7,7 @@ batch, and the spatial ones means over pixels, so that weights do not depend on 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -82,15 +82,6 @@ class Target:
     label: Tensor
     logits: Tensor
     features: KLTarget | list[Tensor]
-
-    def select(self, index: Tensor) -> Target:
-        """The same for a subset of the images."""
-        kept: KLTarget | list[Tensor]
-        if isinstance(self.features, list):
-            kept = [layer[index] for layer in self.features]
-        else:
-            kept = self.features.select(index)
-        return replace(self, label=self.label[index], logits=self.logits[index], features=kept)
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from tiny_models import (
 )
 from torch import Tensor
 
-from minexp.backgrounds import HELD_OUT, OTHER, TRAINING, Backgrounds
+from minexp.backgrounds import HELD_OUT, OTHER, RANDOM, Backgrounds
 from minexp.certify import Certificate, Judge, Predicate, default_micro_batch
 from minexp.classifier import Classifier
 from minexp.errors import RequestError
@@ -126,11 +126,11 @@ def slow_holds(bound: Judge, x: Tensor, label: int, mask: Tensor) -> tuple[bool,
     classifier, predicate = bound.classifier, bound.predicate
     kept = int(classifier.logits(torch.where(mask, x, MEAN.view(1, 3, 1, 1))).argmax()) == label
     spent, missed = 1, 0
-    for first in range(0, predicate.draws, 5):
+    for first in range(0, predicate.draws, 4):
         if not kept or missed > predicate.misses:
             break
-        for number in range(first, min(first + 5, predicate.draws)):
-            family, pick = TRAINING[number % 5], torch.tensor([[number // 5]])
+        for number in range(first, min(first + 4, predicate.draws)):
+            family, pick = RANDOM[number % 4], torch.tensor([[number // 4]])
             background = bound.backgrounds.draw(family, x, pick, purpose="predicate")[0]
             missed += int(classifier.logits(torch.where(mask, x, background)).argmax()) != label
             spent += 1
@@ -185,14 +185,14 @@ def slow_certificate(bound: Judge, x: Tensor, mask: Tensor, b: int, n: int) -> d
     y = int(full.argmax())
     masked = scores(plain, default)
     first = zlib.crc32((x * 255).round().to(torch.uint8).numpy().tobytes()) % 2**31
-    families = [*TRAINING, *HELD_OUT] + ([OTHER] if bound.backgrounds.reference is not None else [])
+    families = [*RANDOM, *HELD_OUT] + ([OTHER] if bound.backgrounds.reference is not None else [])
     hits = {}
     for family in families:
         draws = bound.backgrounds.draw(
-            family, x[None], torch.tensor([[first + k for k in range(4)]]), purpose="certificate"
+            family, x[None], torch.tensor([[first + k for k in range(5)]]), purpose="certificate"
         )[0]
         hits[family] = sum(int(scores(plain, draw).argmax()) == y for draw in draws)
-    train, held = sum(hits[f] for f in TRAINING), sum(hits[f] for f in HELD_OUT)
+    train, held = sum(hits[f] for f in RANDOM), sum(hits[f] for f in HELD_OUT)
     count = int(plain.sum())
     inner = int(plain[1:-1, 1:-1].sum())  # 4 % of 16 is one pixel
     return {
@@ -213,17 +213,18 @@ def slow_certificate(bound: Judge, x: Tensor, mask: Tensor, b: int, n: int) -> d
         "robust_train_low": wilson(train, 20)[0],
         "robust_train_high": wilson(train, 20)[1],
         "robust_train_n": 20,
-        "robust_heldout": held / 12,
-        "robust_heldout_low": wilson(held, 12)[0],
-        "robust_heldout_high": wilson(held, 12)[1],
-        "robust_heldout_n": 12,
-        "robust_other": hits[OTHER] / 4 if OTHER in hits else None,
-        "robust_other_n": 4 if OTHER in hits else 0,
+        "robust_heldout": held / 15,
+        "robust_heldout_low": wilson(held, 15)[0],
+        "robust_heldout_high": wilson(held, 15)[1],
+        "robust_heldout_n": 15,
+        "robust_other": hits[OTHER] / 5 if OTHER in hits else None,
+        "robust_other_n": 5 if OTHER in hits else 0,
         "dilation_kept": int(scores(wide, default).argmax()) == y,
         "minimal_at": None,
         "predicate": str(bound.predicate),
-        "evaluations": b + 4 + 4 * len(families),
-        "families": {family: hits[family] / 4 for family in families},
+        "evaluations": b + 4 + 5 * len(families),
+        "families": {"mean": float(int(masked.argmax()) == y)}
+        | {family: hits[family] / 5 for family in families},
     }
 
 
@@ -307,18 +308,17 @@ def test_certificate_draws_are_not_the_predicates() -> None:
 
     def spy(family: str, x: Tensor, picks: Tensor, *, purpose: str, pool: int = 16) -> Tensor:
         out = real(family, x, picks, purpose=purpose, pool=pool)
-        if family != "mean":  # one colour, whoever asks
-            asked.setdefault(purpose, []).extend(out.flatten(0, 1))
+        asked.setdefault(purpose, []).extend(out.flatten(0, 1))
         return out
 
     bound.backgrounds.draw = spy  # type: ignore[method-assign]
     x, mask = noise_images(1), torch.ones(1, 1, SIDE, SIDE, dtype=torch.bool)
     bound.holds(x, classifier.logits(x).argmax(1), mask)
     certify(bound, x, mask)
-    assert {len(v) for v in asked.values()} == {32} and len(asked) == 2
+    assert {len(v) for v in asked.values()} == {40} and len(asked) == 2
     trained_on, fresh = asked.values()
     assert not any(torch.equal(a, b) for a in trained_on for b in fresh)
-    assert sum(torch.equal(a, b) for a in fresh for b in fresh) <= 32 + 2 * 6  # its own draws differ, too
+    assert sum(torch.equal(a, b) for a in fresh for b in fresh) <= 40 + 2 * 6  # its own draws differ, too
 
 
 def test_no_draw_of_a_predicate_counts_twice() -> None:
@@ -335,7 +335,7 @@ def test_no_draw_of_a_predicate_counts_twice() -> None:
     bound.backgrounds.draw = spy  # type: ignore[method-assign]
     x, mask = noise_images(1), torch.ones(1, 1, SIDE, SIDE, dtype=torch.bool)
     assert bound.holds(x, classifier.logits(x).argmax(1), mask)[1].tolist() == [101]
-    assert len(asked) == len(set(asked)) == 20
+    assert len(asked) == len(set(asked)) == 25
 
 
 def test_known_certificate_of_a_red_pixel() -> None:

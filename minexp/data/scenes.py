@@ -56,6 +56,8 @@ def make(variant: Variant, n: int, *, seed: int = 0, split: Split = "train", dec
     """Render ``n`` scenes. ``decisive=False`` leaves the shortcut patch uncorrelated with the class."""
     if variant not in VARIANTS:
         raise RequestError(f"scenes: unknown variant {variant!r}; choose one of {', '.join(VARIANTS)}")
+    if n < 1:
+        raise RequestError(f"scenes: {n} images; make at least 1")
     stream = 7919 * (2 * VARIANTS.index(variant) + (split == "test")) + 1_000_003 * seed
     rng = torch.Generator().manual_seed(stream)
     parts = []
