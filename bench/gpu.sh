@@ -21,8 +21,8 @@ step() {  # step NAME COMMAND…: its output goes to NAME.txt; a failure is note
   fi
 }
 
-if [ -z "${CUDA_HOME:-}" ] && command -v nvcc >/dev/null; then
-  CUDA_HOME=$(dirname "$(dirname "$(readlink -f "$(command -v nvcc)")")")
+if [ -z "${CUDA_HOME:-}" ]; then  # an nvcc on the PATH may be a wrapper: the toolkit's own folder comes first
+  if [ -x /usr/local/cuda/bin/nvcc ]; then CUDA_HOME=/usr/local/cuda; else CUDA_HOME=$(dirname "$(dirname "$(readlink -f "$(command -v nvcc)")")"); fi
   export CUDA_HOME
 fi
 step versions "$python" -c 'import sys, torch; print(sys.version); print(torch.__version__, torch.version.cuda, torch.cuda.get_device_name())'

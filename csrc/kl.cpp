@@ -3,6 +3,12 @@
 
 namespace minexp {
 
+static bool same_shape(const Tensor& x, const Tensor& y) {
+  bool same = x.dim() == y.dim();
+  for (int64_t d = 0; same && d < x.dim(); ++d) same = x.size(d) == y.size(d);
+  return same;
+}
+
 Plan plan_layers(
     const Tensors& targets, const Tensors& inputs, const Tensors* grads, const std::vector<double>& weights,
     const std::string& axis, bool cached, int64_t piece) {
@@ -15,7 +21,7 @@ Plan plan_layers(
     const Tensor &target = targets[l], &x = inputs[l];
     const auto expected = cached ? accumulator(x) : x.scalar_type();
     STD_TORCH_CHECK(
-        target.sizes() == x.sizes() && target.is_contiguous() == x.is_contiguous() &&
+        same_shape(target, x) && target.is_contiguous() == x.is_contiguous() &&
             target.scalar_type() == expected && x.scalar_type() == inputs[0].scalar_type() &&
             target.is_cuda() == x.is_cuda() && x.dim() >= 2 && x.size(0) == plan.images,
         "minexp::activation_kl: targets and inputs differ in shape, dtype, device or memory format at layer ", l);
