@@ -19,7 +19,7 @@ from .data.store import pack_mask
 from .errors import RequestError
 from .masker import Masker
 from .refine import Refinement, refine
-from .repair import Masks, growth_order, threshold_masks
+from .repair import Masks, growth_order, local_order, threshold_masks
 
 Effort = Literal["fast", "refined"]
 RETRIES = 2  # enlargements of a mask that fresh draws contradict
@@ -205,6 +205,7 @@ def _find(
         p = None if masker is None else masker.probabilities(part)
         if effort == "fast":
             assert p is not None
+            p = local_order(p)
             parts.append(threshold_masks(judge, part, label, p))
             orders.append(p)
             continue

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .certify import Judge
 
-REPAIR_STEPS = 6  # bisections between a failing mask and keep-all
-TIGHTEN_STEPS = 4  # bisections below a mask that holds
+STEP_UP = 1.3  # a failing mask grows by this factor until it holds
+BISECTIONS = 3  # between the last size that failed and the first that held
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,11 @@ def threshold_masks(
     threshold: float = 0.5,
     at_least: Tensor | None = None,
 ) -> Masks:
-    """Threshold p [B,1,H,W] at 0.5; where the predicate fails there, lower the threshold by bisection until it holds.
+    """Threshold p [B,1,H,W] at 0.5; where the predicate fails there, lower the threshold until it holds.
 
-    The candidates of one image are its probabilities' own level sets, halved in log-area; keep-all, which
-    always keeps the top class, is the last resort. ``tighten`` also bisects upwards where 0.5 holds already.
+    The candidates of one image are its probabilities' own level sets: growing by a constant factor, then bisected
+    in log-area; keep-all, which always keeps the top class, is the last resort. ``tighten`` also bisects below
+    masks that hold at 0.5.
     at_least [B]: begin with the level sets of that many pixels instead.
     """
     h, w = p.shape[2:]
@@ -48,30 +49,36 @@ def threshold_masks(
     ok, spent = judge.holds(x, label, first.view(p.shape))
     everything = torch.full_like(count, h * w)
     high = torch.where(ok, count, everything)  # a size that holds
-    low = torch.where(
-        ok, (count // 4).clamp_min(1), count.clamp_min(1)
-    )  # a size that fails, or is not tried below
+    low = torch.where(ok, (count // 4), count)  # a size that fails, or is not tried below
     holds = torch.ones_like(ok)  # keep-all keeps the top class by definition
     failing = (~ok).nonzero().flatten()
     if judge.predicate.kind == "score" and len(failing):  # that even the whole image may fail: then say so
         whole = torch.ones(len(failing), 1, h, w, dtype=torch.bool, device=x.device)
         holds[failing], extra = judge.holds(x[failing], label[failing], whole)
         spent[failing] += extra
-    for step in range(max(REPAIR_STEPS, TIGHTEN_STEPS if tighten else 0)):
-        searched = (holds & ~ok) if step < REPAIR_STEPS else torch.zeros_like(ok)
-        if tighten and step < TIGHTEN_STEPS:
-            searched |= ok
-        searched &= high > low + 1
-        index = searched.nonzero().flatten()
-        if not len(index):
-            break
-        middle = (low[index].double() * high[index].double()).sqrt().round().long()
-        middle = torch.minimum(torch.maximum(middle, low[index] + 1), high[index] - 1)
-        candidate = _level_set(flat[index], ranked[index], middle)
+
+    def attempt(index: Tensor, size: Tensor) -> Tensor:
+        """Try level sets of these sizes; the bounds move. Which of them hold?"""
+        candidate = _level_set(flat[index], ranked[index], size)
         passed, extra = judge.holds(x[index], label[index], candidate.view(-1, 1, h, w))
         spent[index] += extra
-        high[index] = torch.where(passed, middle, high[index])
-        low[index] = torch.where(passed, low[index], middle)
+        high[index] = torch.where(passed, size, high[index])
+        low[index] = torch.where(passed, low[index], size)
+        return passed
+
+    # More pixels are not always better (they may bring rival evidence): the first size upwards that holds is taken.
+    growing = (holds & ~ok).nonzero().flatten()
+    while len(growing):
+        size = torch.maximum((low[growing] * STEP_UP).ceil().long(), low[growing] + 1)
+        growing, size = growing[size < h * w], size[size < h * w]
+        if len(growing):
+            growing = growing[~attempt(growing, size)]
+    for _ in range(BISECTIONS):
+        searched = holds if tighten else holds & ~ok
+        index = (searched & (high > low + 1)).nonzero().flatten()
+        if len(index):
+            middle = (low[index].clamp_min(1).double() * high[index].double()).sqrt().round().long()
+            attempt(index, torch.minimum(torch.maximum(middle, low[index] + 1), high[index] - 1))
     masks = torch.where((ok & (high == count))[:, None], first, _level_set(flat, ranked, high))
     level = ranked.gather(1, (high - 1).clamp_min(0)[:, None])[:, 0]
     if at_least is None:
@@ -82,6 +89,19 @@ def threshold_masks(
 def _level_set(flat: Tensor, ranked: Tensor, size: Tensor) -> Tensor:
     """The pixels at least as probable as the size-th: [B,HW] bool."""
     return flat >= ranked.gather(1, (size - 1).clamp_min(0)[:, None])
+
+
+def local_order(p: Tensor, threshold: float = 0.5) -> Tensor:
+    """Probabilities [B,1,H,W] whose values outside the mask are averaged with those around them.
+
+    Trained masks are nearly binary: far outside, p says nothing, and a mask repaired by it scatters over the image.
+    Averaged over an eighth of the image, the level sets below the threshold grow from the mask outwards.
+    """
+    side = 2 * max(1, min(p.shape[2:]) // 8) + 1
+    around = p
+    for _ in range(2):
+        around = F.avg_pool2d(around, side, 1, side // 2, count_include_pad=False)
+    return torch.where(p > threshold, p, threshold * (p + around) / (1 + threshold))
 
 
 def growth_order(masks: Tensor) -> Tensor:

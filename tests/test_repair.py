@@ -19,7 +19,7 @@ from torch import Tensor
 from minexp.backgrounds import Backgrounds
 from minexp.certify import Judge, Predicate
 from minexp.classifier import Classifier
-from minexp.repair import threshold_masks
+from minexp.repair import local_order, threshold_masks
 
 PIXELS = SIDE * SIDE
 
@@ -143,6 +143,16 @@ def test_the_known_pixel_is_found_by_tightening() -> None:
     found = threshold_masks(
         judge(red_pixel(), Predicate("top1")), red_images(1), torch.tensor([1]), p, tighten=True
     )
-    # from 256 pixels down to a quarter by four bisections
+    # from 256 pixels towards a quarter of them by three bisections, each a geometric mean
     assert found.holds.all() and found.masks[0, 0, TARGET[0], TARGET[1]]
-    assert int(found.masks.sum()) <= PIXELS // 4 * 2 ** (2 / 16) + 1
+    assert int(found.masks.sum()) <= PIXELS * 0.25 ** (7 / 8) + 1
+
+
+def test_repair_grows_from_the_mask_outwards() -> None:
+    p = torch.full((1, 1, 32, 32), 0.01)
+    p[0, 0, 4:10, 4:10] = 0.9  # the mask
+    p[0, 0, 28, 28] = 0.02  # a far pixel that is barely more probable than the mask's neighbours
+    order = local_order(p)
+    assert torch.equal(order > 0.5, p > 0.5) and torch.equal(order[p > 0.5], p[p > 0.5])
+    assert order[0, 0, 7, 11] > order[0, 0, 28, 28] < order[0, 0, 11, 7]
+    assert order[0, 0, 7, 10] > order[0, 0, 7, 13] > order[0, 0, 7, 20]
