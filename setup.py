@@ -15,7 +15,10 @@ from pathlib import Path
 from setuptools import setup
 
 SOURCES = ["csrc/module.cpp", "csrc/kl.cpp", "csrc/edges.cpp"]
-CUDA_SOURCES = ["csrc/kl_launch.cu", "csrc/edges_launch.cu"]  # objects are named after the stem: not kl, not edges
+CUDA_SOURCES = [
+    "csrc/kl_launch.cu",
+    "csrc/edges_launch.cu",
+]  # objects are named after the stem: not kl, not edges
 
 
 def knob(name: str) -> str:

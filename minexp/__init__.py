@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 _HOME = {
     "activation_kl": "_ops",
     "KLTarget": "_ops",
+    "edge_position_topk": "_ops",
     "edge_topk": "_ops",
     "edge_threshold": "_ops",
     "edge_total_topk": "_ops",
@@ -31,7 +32,7 @@ _HOME = {
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
-    from ._ops import KLTarget, activation_kl, edge_threshold, edge_topk, edge_total_topk
+    from ._ops import KLTarget, activation_kl, edge_position_topk, edge_threshold, edge_topk, edge_total_topk
     from .certify import Certificate, Predicate
     from .classifier import Classifier, load_classifier
     from .errors import MinexpError, RequestError, VerifyError
