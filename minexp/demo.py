@@ -316,8 +316,9 @@ def _sections(
             Section(
                 "How the masker was trained",
                 "Area of the masks, and the share of decisions kept on the mean colour and on random backgrounds. "
-                f"The area's weight rises while the decision holds (target {preset('default').target:.0%}) "
-                "and falls while it fails.",
+                "The area's weight rises while the decision holds often enough (target "
+                f"{preset('default').soft_target:.0%} of the images with soft masks, {preset('default').target:.0%} "
+                "with thresholded ones) and falls while it does not.",
                 [Figure(curve, "Training curve, running means.")],
             )
         )

@@ -29,7 +29,8 @@ class Objective:
     match: how activations are compared (KL of softmaxed features; MSE; 1 − cosine; off).
     layer_weights: α_l, one a tap, by default 1, 2, 4 … normalised to sum 1.
     soft: share of the steps trained on probabilities before the mask is thresholded straight-through.
-    target: the share of images whose decision should hold under random backgrounds (dual only).
+    target, soft_target: the share of images whose decision should hold under random backgrounds (dual only), for
+    thresholded and for soft masks. The soft one is lower: masks have to concentrate first, and grow robust then.
     """
 
     act: float = 0.1
@@ -43,7 +44,8 @@ class Objective:
     layer_weights: tuple[float, ...] | None = None
     axis: str = "all"
     dual: bool = True
-    target: float = 0.93
+    target: float = 0.96
+    soft_target: float = 0.9
     dual_rate: float = 0.1
     dual_range: tuple[float, float] = (0.05, 40.0)
     soft: float = 0.6
@@ -185,14 +187,15 @@ class AreaDual:
         self.objective = objective
         self.value = objective.area
 
-    def update(self, held: float) -> None:
-        """One step from the share of images [0, 1] whose decision held."""
+    def update(self, held: float, *, hard: bool = True) -> None:
+        """One step from the share of images [0, 1] whose decision held, with thresholded or soft masks."""
         if not self.objective.dual:
             return
         low, high = self.objective.dual_range
-        slack = held - self.objective.target
+        target = self.objective.target if hard else self.objective.soft_target
+        slack = held - target
         # one failing image in a batch weighs as much as many that hold: scale both sides to a unit step
-        slack = slack / (1 - self.objective.target) if slack > 0 else slack / self.objective.target * 4
+        slack = slack / (1 - target) if slack > 0 else slack / target * 4
         self.value = min(
             high, max(low, self.value * (1 + self.objective.dual_rate * max(-1.0, min(1.0, slack))))
         )

@@ -203,7 +203,7 @@ class _Run:
             self.dual.value,
             hard,
         )
-        self.dual.update(held)
+        self.dual.update(held, hard=hard)
         self.curve.append(record)
         self.step += 1
         return record
