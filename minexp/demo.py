@@ -38,11 +38,13 @@ class Truth:
     """How masks relate to what decides the label; shares in [0, 1], None where the variant has no such figure.
 
     inside: mean share of a mask inside the truth region; mostly_inside: share of masks with more than half there;
+    mostly_inside_right: the same among scenes that the classifier gets right (a wrong answer rests on other pixels);
     on_patch: among images that the corner patch decides, share whose mask covers most of the patch.
     """
 
     inside: float | None
     mostly_inside: float | None
+    mostly_inside_right: float | None
     patch_decides: int
     on_patch: float | None
 
@@ -99,6 +101,7 @@ def run(
         "masker_alone_area": alone["area"],
         "inside_truth": truth.inside,
         "mostly_inside_truth": truth.mostly_inside,
+        "mostly_inside_truth_where_right": truth.mostly_inside_right,
         "patch_decides": truth.patch_decides,
         "on_patch": truth.on_patch,
         "p_empty": float(np.mean(read_store(out / "explanations", columns=["conf_empty"])["conf_empty"])),
@@ -143,6 +146,10 @@ class _Narrator:
         if result["inside_truth"] is not None:
             lines.append(("share of the mask in the truth region", f"{result['inside_truth']:.1%}"))
             lines.append(("masks mostly in the truth region", f"{result['mostly_inside_truth']:.1%}"))
+            if result["mostly_inside_truth_where_right"] is not None:
+                lines.append(
+                    ("  where the classifier is right", f"{result['mostly_inside_truth_where_right']:.1%}")
+                )
         if result["on_patch"] is not None:
             lines.append(("masks on the patch, where it decides", f"{result['on_patch']:.1%}"))
         lines.append(("classifier evaluations an image", f"{result['evaluations_per_image']:.0f}"))
@@ -238,23 +245,25 @@ def compare(classifier: Classifier, scenes: Scenes, masks: np.ndarray) -> Truth:
     decided = scenes.truth.any((1, 2))
     share = (masks & scenes.truth).sum((1, 2)) / np.maximum(1, masks.sum((1, 2)))
     inside, mostly = (float(np.mean(v[decided])) if decided.any() else None for v in (share, share > 0.5))
+    answer = torch.cat([classifier.logits(x).argmax(1) for x in _tensors(scenes)]).numpy()
+    correct = decided & (answer == scenes.labels)
+    right = float(np.mean(share[correct] > 0.5)) if correct.any() else None
     if not scenes.patch.any():
-        return Truth(inside, mostly, 0, None)
+        return Truth(inside, mostly, right, 0, None)
     grey = torch.tensor(GREY).view(1, 3, 1, 1)
-    answers: dict[str, list[Tensor]] = {"whole": [], "no_patch": [], "no_digit": []}
+    answers: dict[str, list[Tensor]] = {"no_patch": [], "no_digit": []}
     patches, boxes = (torch.from_numpy(m).unsqueeze(1).split(100) for m in (scenes.patch, scenes.truth))
     for x, patch, box in zip(_tensors(scenes), patches, boxes, strict=True):
-        answers["whole"].append(classifier.logits(x).argmax(1))
         answers["no_patch"].append(classifier.logits(torch.where(patch, grey, x)).argmax(1))
         answers["no_digit"].append(classifier.logits(torch.where(box, grey, x)).argmax(1))
-    whole, no_patch, no_digit = (torch.cat(v).numpy() for v in answers.values())
-    decides = (no_patch != whole) & (no_digit == whole)
+    no_patch, no_digit = (torch.cat(v).numpy() for v in answers.values())
+    decides = (no_patch != answer) & (no_digit == answer)
     covered = (masks & scenes.patch).sum((1, 2)) / scenes.patch.sum((1, 2))
     on_patch = float(np.mean(covered[decides] > 0.5)) if decides.any() else None
-    return Truth(inside, mostly, int(decides.sum()), on_patch)
+    return Truth(inside, mostly, right, int(decides.sum()), on_patch)
 
 
-def _opening_picture(out: Path, scenes: Scenes, masks: np.ndarray, count: int = 5) -> Path:
+def _opening_picture(out: Path, scenes: Scenes, masks: np.ndarray, count: int = 6) -> Path:
     """Image → mask → kept image with the certificate line, for a few scenes of typical area."""
     areas = masks.mean((1, 2))
     order = np.argsort(np.abs(areas - np.median(areas)), kind="stable")
@@ -297,6 +306,8 @@ def _sections(
     if truth.inside is not None:
         table.append(["share of a mask inside the region that decides", f"{truth.inside:.1%}"])
         table.append(["masks with more than half of their area there", f"{truth.mostly_inside:.1%}"])
+        if truth.mostly_inside_right is not None:
+            table.append(["the same, where the classifier is right", f"{truth.mostly_inside_right:.1%}"])
     text = (
         "These scenes were composed, so the region that decides each label is known. A good explanation of a good "
         "classifier lies there."

@@ -1,6 +1,7 @@
 """The demo in small: every stage once, a second run on what is there, and its figures against plain counting."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -115,8 +116,18 @@ def test_the_patch_decides_where_greying_it_changes_the_answer() -> None:
 
 def test_without_a_patch_there_is_no_figure_for_it() -> None:
     data = scenes.make("plain", 5)
-    truth = demo.compare(subjects.digits(), data, data.truth)
-    assert truth == demo.Truth(1.0, 1.0, 0, None)
+    classifier = subjects.digits()
+    x = torch.from_numpy(data.images).permute(0, 3, 1, 2).float() / 255
+    answers = classifier.logits(x).argmax(1).detach().numpy()
+    for labels, right in ((answers, 1.0), ((answers + 1) % 10, None)):
+        truth = demo.compare(classifier, replace(data, labels=labels), data.truth)
+        assert truth == demo.Truth(1.0, 1.0, right, 0, None)
+    labels = answers.copy()
+    labels[0] = (labels[0] + 1) % 10
+    masks = data.truth.copy()
+    masks[0] = ~masks[0]  # misses the truth where the classifier is wrong
+    truth = demo.compare(classifier, replace(data, labels=labels), masks)
+    assert truth.mostly_inside == 0.8 and truth.mostly_inside_right == 1.0
 
 
 def test_the_masker_alone_keeps_everything_when_new() -> None:
