@@ -16,7 +16,7 @@ from .backgrounds import GREY, Backgrounds
 from .certify import Certificate, Judge, Predicate
 from .classifier import Classifier
 from .data.store import pack_mask
-from .errors import RequestError
+from .errors import MinexpError, RequestError
 from .masker import Masker
 from .refine import Refinement, refine
 from .repair import Masks, growth_order, local_order, threshold_masks
@@ -148,7 +148,8 @@ def explain(
     enlarged on more draws and certified anew. ``backgrounds`` are made once a job from ``seed``
     (make_backgrounds), so that the answer for an image does not depend on its batch; when given, they stand in for
     ``background``, ``reference`` and ``seed``.
-    Raises RequestError for input that is not such a batch or a fast explanation without a masker.
+    Raises MinexpError for scores that are not finite, RequestError for input that is not such a batch or a fast
+    explanation without a masker.
     """
     started = time.perf_counter()
     effort = ("refined" if masker is None else "fast") if effort is None else effort
@@ -172,6 +173,10 @@ def explain(
     judge = Judge(classifier, predicate or Predicate(), backgrounds, micro_batch=micro_batch)
     with classifier.frozen():
         logits = judge.logits(x)
+        if not logits.isfinite().all():
+            raise MinexpError(
+                "the classifier gives NaN or infinite scores; check its weights, and that mean and std are its own"
+            )
         found, order = _find(judge, x, logits, masker, effort, refinement)
         certificates = judge.certify(
             x,

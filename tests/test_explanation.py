@@ -26,7 +26,7 @@ from trained_tiles import masker, tiles
 from minexp import explanation
 from minexp.certify import Certificate, Predicate
 from minexp.data.store import SCHEMA, unpack_mask
-from minexp.errors import RequestError
+from minexp.errors import MinexpError, RequestError
 from minexp.explanation import Effort, Explanation, explain, make_backgrounds
 from minexp.masker import Masker
 from minexp.objective import Objective
@@ -289,3 +289,11 @@ def test_another_seed_draws_other_backgrounds() -> None:
         for s in (0, 0, 1)
     ]
     assert shares[0] == shares[1] != shares[2]
+
+
+def test_scores_that_are_not_finite_are_refused() -> None:
+    """argmax of NaN is a class that every mask keeps: such a model must not get certificates."""
+    classifier = filters()
+    next(classifier.model.parameters()).data.fill_(float("nan"))
+    with pytest.raises(MinexpError, match="NaN"):
+        explain(classifier, noise_images(2), refinement=Refinement(steps=2))
