@@ -50,7 +50,7 @@ def draw_curve(
     draw.text((width / 2 - right / 2, height - 8 * scale), "step", _INK, font, anchor="md")
     if switch is not None:
         draw.line([point(switch, 0), point(switch, 1)], (150, 150, 150), scale)
-        x, y = point(switch, 1)
+        x, y = point(switch, 0.55)  # between the area below and the shares above
         draw.text((x + 5 * scale, y + 2 * scale), "thresholded from here", (110, 110, 110), font)
     labels: list[float] = []
     for colour, (name, values) in zip(_COLOURS, series.items(), strict=False):
