@@ -231,7 +231,13 @@ def test_a_stopped_job_goes_on_where_it_was(masker: Path, tmp_path: Path, number
     arguments = ["explain", "--model", MODEL, "--masker", masker, "--data", tmp_path / "x.npz", "--out", out]
     command = [sys.executable, "-m", "minexp.cli", *map(str, arguments)]
     job = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=HERE.parent
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=HERE.parent,
+        # a test run started in the background ignores SIGINT, and its children would inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 120
     while rows_listed(out) == 0 and job.poll() is None and time.monotonic() < deadline:
