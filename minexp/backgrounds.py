@@ -65,20 +65,19 @@ def phase_scrambled(source: Tensor, mean: Tensor, rng: torch.Generator) -> Tenso
 
 def blurred(source: Tensor, mean: Tensor, rng: torch.Generator) -> Tensor:
     """The source under a Gaussian blur of 8–16 % of its shorter side."""
-    side = min(source.shape[2:])
-    sigma = side * (0.08 + 0.08 * torch.rand((), generator=rng).item())
-    out = source
-    for axis in (2, 3):
-        radius = min(math.ceil(3 * sigma), source.shape[axis] - 1)
-        offsets = torch.arange(-radius, radius + 1, device=source.device, dtype=source.dtype)
-        kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
-        kernel = (kernel / kernel.sum()).view(1, 1, -1)
-        # one row of pixels a line: [B*C*other, 1, length]
-        moved = out.movedim(axis, -1)
-        flat = moved.reshape(-1, 1, moved.shape[-1])
-        flat = F.conv1d(F.pad(flat, (radius, radius), mode="reflect" if radius else "constant"), kernel)
-        out = flat.view(moved.shape).movedim(-1, axis)
-    return out
+    sigma = min(source.shape[2:]) * (0.08 + 0.08 * torch.rand((), generator=rng).item())
+    rows, columns = (_blur_matrix(n, sigma).to(source.device, source.dtype) for n in source.shape[2:])
+    return rows @ source @ columns.T
+
+
+def _blur_matrix(n: int, sigma: float) -> Tensor:
+    """[n,n]: Gaussian blur of n values, reflected at both ends; a product is faster than a wide convolution."""
+    radius = min(math.ceil(3 * sigma), n - 1)
+    offsets = torch.arange(-radius, radius + 1)
+    kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
+    taps = (torch.arange(n)[:, None] + offsets).abs()
+    taps = torch.where(taps > n - 1, 2 * (n - 1) - taps, taps)
+    return torch.zeros(n, n).scatter_add_(1, taps, (kernel / kernel.sum()).expand(n, -1).contiguous())
 
 
 def shuffled_patches(source: Tensor, mean: Tensor, rng: torch.Generator) -> Tensor:
