@@ -107,9 +107,10 @@ class Certificate:
         )
 
 
-def default_micro_batch(shape: tuple[int, int, int]) -> int:
-    """Images a classifier call: enough to fill the cores, few enough to stay in cache."""
-    return max(16, min(128, 2**18 // (shape[1] * shape[2])))
+def default_micro_batch(shape: tuple[int, int, int], device: str = "cpu") -> int:
+    """Images a classifier call: few enough to stay in a CPU's cache, enough to fill a GPU."""
+    pixels = shape[1] * shape[2]
+    return max(8, min(128, 2**18 // pixels)) if device == "cpu" else max(16, min(1024, 2**23 // pixels))
 
 
 class Judge:
@@ -125,7 +126,7 @@ class Judge:
         per_family: int = PER_FAMILY,
     ) -> None:
         self.classifier, self.predicate, self.backgrounds = classifier, predicate, backgrounds
-        self.micro_batch = micro_batch or default_micro_batch(classifier.input_shape)
+        self.micro_batch = micro_batch or default_micro_batch(classifier.input_shape, classifier.device.type)
         self.per_family = per_family
         self._empty: dict[torch.Size, Tensor] = {}
 
