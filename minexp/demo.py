@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,7 @@ def run(
     masker = _masker(out, classifier, variant, steps, seed, say)
     alone = masker_alone(classifier, masker, held_out)
     say.stage(f"masker alone: keeps {alone['area']:.1%} of the pixels, decision kept in {alone['kept']:.1%}")
+    say.stage(f"masker alone: {alone['mostly_inside']:.1%} of the masks mostly in the truth region")
     data = out / "scenes.npz"
     if not _same_scenes(data, held_out):
         with replacing(data) as temporary:
@@ -99,6 +101,7 @@ def run(
         "accuracy": right,
         "masker_alone_kept": alone["kept"],
         "masker_alone_area": alone["area"],
+        "masker_alone_mostly_inside_truth": alone["mostly_inside"],
         "inside_truth": truth.inside,
         "mostly_inside_truth": truth.mostly_inside,
         "mostly_inside_truth_where_right": truth.mostly_inside_right,
@@ -210,15 +213,21 @@ def _same_scenes(path: Path, scenes: Scenes) -> bool:
 
 @torch.no_grad()
 def masker_alone(classifier: Classifier, masker: Masker, scenes: Scenes) -> dict[str, float]:
-    """Area and kept share of the masker's own masks at threshold 0.5, before any repair."""
-    kept, area = [], []
+    """Area, kept share and share mostly in the truth region of the masker's own masks at 0.5, before any repair."""
+    kept, area, masks = [], [], []
     background = masker.mean.view(1, -1, 1, 1)
     for x in _tensors(scenes):
         mask = masker.probabilities(x) > 0.5
         same = classifier.logits(torch.where(mask, x, background)).argmax(1) == classifier.logits(x).argmax(1)
         kept.append(same.float())
         area.append(mask.float().mean((1, 2, 3)))
-    return {"kept": torch.cat(kept).mean().item(), "area": torch.cat(area).mean().item()}
+        masks.append(mask[:, 0].numpy())
+    inside = compare(classifier, scenes, np.concatenate(masks)).mostly_inside
+    return {
+        "kept": torch.cat(kept).mean().item(),
+        "area": torch.cat(area).mean().item(),
+        "mostly_inside": math.nan if inside is None else inside,
+    }
 
 
 def _tensors(scenes: Scenes, size: int = 100) -> tuple[Tensor, ...]:

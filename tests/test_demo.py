@@ -133,7 +133,11 @@ def test_without_a_patch_there_is_no_figure_for_it() -> None:
 def test_the_masker_alone_keeps_everything_when_new() -> None:
     data = scenes.make("plain", 4)
     alone = demo.masker_alone(subjects.digits(), Masker(), data)
-    assert alone == {"kept": 1.0, "area": 1.0}
+    assert alone == {
+        "kept": 1.0,
+        "area": 1.0,
+        "mostly_inside": 0.0,
+    }  # each box is less than half of its scene
     empty = Masker()
     nn.init.constant_(empty.head.bias, -3.0)
     assert demo.masker_alone(subjects.digits(), empty, data)["area"] == 0.0
