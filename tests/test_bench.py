@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from minexp import cli
+from minexp.commands import bench
 
 BENCH = Path(__file__).parent.parent / "bench"
 ROW = {"op": "explain x", "provider": "torch-cpu", "mode": "fast", "shape": "1x3", "threads": 1}
@@ -56,6 +57,6 @@ def test_rows_as_a_table_and_as_json(suite: list[bool], capsys: pytest.CaptureFi
 def test_an_installed_package_says_that_it_has_no_benchmarks(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "minexp" / "cli.py"))
+    monkeypatch.setattr(bench, "__file__", str(tmp_path / "minexp" / "commands" / "bench.py"))
     assert cli.main(["bench", "explain"]) == 2
     assert "source checkout" in capsys.readouterr().err

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from minexp import cli
+from minexp.commands.verify import verdict
 from minexp.data.store import StoreWriter
 
 PYTHON = [sys.executable, "-m", "minexp.cli"]
@@ -145,9 +146,9 @@ def test_verify_counts_single_rows_and_duplicates() -> None:
         "shard-00000.parquet: id 'a b': odd",
         "id 'c': stored 2 times",
     ]
-    assert cli._verdict(problems, shards) == {"rows": 6, "ok": 4, "bad": 1, "duplicates": 1}
+    assert verdict(problems, shards) == {"rows": 6, "ok": 4, "bad": 1, "duplicates": 1}
     problems += ["shard-00001.parquet: missing", "shard-00001.parquet: id 'd': no mask"]
-    assert cli._verdict(problems, shards) == {"rows": 6, "ok": 2, "bad": 3, "duplicates": 1}
+    assert verdict(problems, shards) == {"rows": 6, "ok": 2, "bad": 3, "duplicates": 1}
 
 
 def test_a_place_that_cannot_be_written_is_a_wrong_request(

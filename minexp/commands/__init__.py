@@ -1,0 +1,20 @@
+"""The commands of the command line, a module each."""
+
+from .base import Command
+from .bench import Bench
+from .demo import Demo
+from .doctor import Doctor
+from .explain import Explain
+from .fit import Fit
+from .report import Report
+from .verify import Verify
+
+COMMANDS: dict[str, type[Command]] = {
+    "demo": Demo,
+    "fit": Fit,
+    "explain": Explain,
+    "report": Report,
+    "verify": Verify,
+    "bench": Bench,
+    "doctor": Doctor,
+}

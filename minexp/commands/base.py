@@ -1,0 +1,106 @@
+"""What the commands share: their options, exit codes and summaries.
+
+A command is a dataclass whose fields are its options and whose `run` does it. torch and everything that needs it is
+imported inside `run`, so that help and mistakes answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ..errors import RequestError
+
+DONE, REQUEST, PARTLY, DAMAGED, INTERRUPTED, TERMINATED = 0, 2, 3, 4, 130, 143
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """What every command takes."""
+
+    example: ClassVar[str]
+
+    quiet: bool = False
+    """No progress bar and no summary."""
+    json: bool = False
+    """Print one machine-readable summary on stdout."""
+
+    def run(self) -> int:
+        """Do it; the exit code."""
+        raise SystemExit(REQUEST)
+
+    def show(self, summary: Any, text: str) -> None:
+        """The summary as JSON, or the text for a reader, on stdout."""
+        if self.json:
+            print(json.dumps(summary))
+        elif not self.quiet:
+            print(text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithModel(Command):
+    """A command about a classifier."""
+
+    model: str
+    """The classifier: torchvision:NAME, timm:NAME, hf:PATH_OR_ID, package.module:factory or file.py:factory."""
+    weights: Path | None = None
+    """Its weights, .safetensors or .pth, in place of the source's own."""
+    num_classes: int | None = None
+    """Number of outputs, where it is not the model's usual one."""
+    class_names: Path | None = None
+    """Text file with one class name a line."""
+    size: tuple[int, ...] = ()
+    """Input size in pixels: one side, or height and width."""
+    mean: tuple[float, ...] = ()
+    """Normalisation, one value a channel, of pixels in [0, 1]."""
+    std: tuple[float, ...] = ()
+    """Normalisation, one value a channel."""
+    taps: tuple[str, ...] = ()
+    """Layers whose activations are matched, in place of the end of each stage."""
+    device: str = "auto"
+    """cpu, cuda, cuda:N, or auto."""
+    trust_model: bool = False
+    """Load a .pt2 model although that runs code in it."""
+
+    def classifier(self) -> Any:
+        """The Classifier these options describe."""
+        import torch
+
+        from ..classifier import load_classifier
+
+        if len(self.size) > 2:
+            raise RequestError(f"--size takes one side, or height and width, not {len(self.size)} numbers")
+        auto = "cuda" if torch.cuda.is_available() else "cpu"
+        return load_classifier(
+            self.model,
+            weights=self.weights,
+            num_classes=self.num_classes,
+            mean=self.mean or None,
+            std=self.std or None,
+            size=(self.size[0], self.size[-1]) if self.size else None,
+            class_names=None if self.class_names is None else lines(self.class_names),
+            taps=self.taps or None,
+            device=auto if self.device == "auto" else self.device,
+            trust_model=self.trust_model,
+        )
+
+
+def table(summary: dict[str, Any]) -> str:
+    width = max(map(len, summary))
+    return "\n".join(f"{key.replace('_', ' '):<{width}}  {value}" for key, value in summary.items())
+
+
+def at_least_one(option: str, value: int) -> None:
+    if value < 1:
+        raise RequestError(f"{option} is {value}; give at least 1")
+
+
+def lines(path: Path) -> list[str]:
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(
+            f"{path} is not readable ({type(error).__name__}); give one class name a line"
+        ) from error

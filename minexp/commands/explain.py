@@ -1,0 +1,69 @@
+"""`minexp explain`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from .base import DONE, PARTLY, WithModel, at_least_one, table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explain(WithModel):
+    """Explain a set of images: one certified minimal mask and one stored row for each."""
+
+    example = "minexp explain --model torchvision:resnet18 --masker masker.safetensors --data photos/ --out runs/photos"
+
+    data: str
+    """Images: a folder, a glob, one image, a .txt of paths, .npz, .npy, IDX, WebDataset .tar or Parquet."""
+    out: Path
+    """Directory of the Parquet store."""
+    masker: Path | None = None
+    """Masker made by `minexp fit` for this classifier; without it each image is optimised on its own."""
+    effort: Literal["fast", "refined"] | None = None
+    """fast: the masker and a threshold search; refined: optimise each mask further (the default without a masker)."""
+    predicate: Literal["robust", "top1", "score"] = "robust"
+    """What a mask has to do: keep the class on random backgrounds, on the plain background, or keep its probability."""
+    rho: float = 0.95
+    """With robust: share of the random backgrounds on which the class has to stay."""
+    draws: int = 20
+    """With robust: number of random backgrounds."""
+    tau: float = 0.5
+    """With score: the probability to reach."""
+    background: Literal["mean", "black", "white"] = "mean"
+    """What removed pixels become in the kept image."""
+    batch: int = 32
+    """Images at once; no effect on the answers."""
+    limit: int | None = None
+    """Only the first images."""
+    seed: int = 0
+    """Seed of the random backgrounds."""
+    resume: bool = True
+    """Start over instead of going on behind the last stored row."""
+
+    def run(self) -> int:
+        from ..certify import Predicate
+        from ..data.sources import open_source
+        from ..jobs.local import explain_dataset
+        from ..masker import load_masker
+
+        at_least_one("--batch", self.batch)
+        source = open_source(self.data, limit=self.limit)
+        classifier = self.classifier()
+        masker = None if self.masker is None else load_masker(self.masker, classifier)
+        summary = explain_dataset(
+            classifier,
+            source,
+            masker,
+            self.out,
+            predicate=Predicate(self.predicate, rho=self.rho, draws=self.draws, tau=self.tau),
+            effort=self.effort or ("refined" if masker is None else "fast"),
+            background=self.background,
+            seed=self.seed,
+            batch=self.batch,
+            resume=self.resume,
+            progress=not self.quiet,
+        )
+        self.show(summary, table(summary) + f"\nnext: minexp report {self.out}")
+        return PARTLY if summary["failed"] or summary["errors"] else DONE
