@@ -31,14 +31,25 @@ _HOME = {
 
 __all__ = ["__version__", *_HOME]
 
-if TYPE_CHECKING:
-    from ._ops import KLTarget, activation_kl, edge_position_topk, edge_threshold, edge_topk, edge_total_topk
-    from .certify import Certificate, Predicate
-    from .classifier import Classifier, load_classifier
-    from .errors import MinexpError, RequestError, VerifyError
-    from .explanation import Explanation, explain
-    from .masker import Masker, load_masker
-    from .training import fit
+if TYPE_CHECKING:  # "as": exported, for type checkers
+    from ._ops import KLTarget as KLTarget
+    from ._ops import activation_kl as activation_kl
+    from ._ops import edge_position_topk as edge_position_topk
+    from ._ops import edge_threshold as edge_threshold
+    from ._ops import edge_topk as edge_topk
+    from ._ops import edge_total_topk as edge_total_topk
+    from .certify import Certificate as Certificate
+    from .certify import Predicate as Predicate
+    from .classifier import Classifier as Classifier
+    from .classifier import load_classifier as load_classifier
+    from .errors import MinexpError as MinexpError
+    from .errors import RequestError as RequestError
+    from .errors import VerifyError as VerifyError
+    from .explanation import Explanation as Explanation
+    from .explanation import explain as explain
+    from .masker import Masker as Masker
+    from .masker import load_masker as load_masker
+    from .training import fit as fit
 
 
 def __getattr__(name: str) -> Any:
