@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,14 @@ from torch import Tensor, nn
 
 from .data.preprocessing import Preprocessing
 from .errors import RequestError
+from .layouts import Layout
 from .specs import Built, build, one_line
-from .taps import Tap, find_taps, first_tensor, recording, trace
+from .taps import find_taps, mark_overwritten, recording
+from .tracing import first_tensor, trace
 from .weights import load_weights, state_digest
+
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel)
+PROBES = 2  # images in the pass that finds the taps: a lone one would hide which axis is the batch
 
 
 class Classifier:
@@ -29,7 +34,8 @@ class Classifier:
 
     preprocessing: how a decoded image becomes [C, H, W]; `mean`, `std` and `size` override or replace it.
     taps: names of the layers whose activations are matched; by default the stem and the last stage output at each
-    resolution. Raises RequestError when the model does not run on such an input or a name is unknown.
+    resolution. A DataParallel or compiled wrapper is taken off: `model` is what it wraps.
+    Raises RequestError when the model does not run on such an input or a name is unknown.
     """
 
     def __init__(
@@ -43,33 +49,43 @@ class Classifier:
         class_names: Sequence[str] | None = None,
         taps: Sequence[str] | None = None,
     ) -> None:
-        self.model = model
+        self.model = model = unwrapped(model)
         self._depth = 0
+        # Compiled code passes hooks over in silence: such parts run as they were written.
+        self._compiled = any(map(_is_compiled, model.modules()))
         self._macs: dict[tuple[int, int], int] = {}
         self.preprocessing = _preprocessing(model, preprocessing, mean, std, size)
         channels, height, width = self.input_shape
         with self.frozen(), torch.no_grad():
-            probe = torch.full((1, channels, height, width), 0.5, device=self.device)
+            probe = torch.full((PROBES, channels, height, width), 0.5, device=self.device)
             try:
-                output, records = trace(model, self._normalise(probe))
+                seen = trace(model, probe, self._call, lambda output: _scores(output, model, PROBES))
+            except RequestError:
+                raise
             except Exception as error:
                 raise RequestError(
-                    f"{type(model).__name__} fails on an input of [1,{channels},{height},{width}] "
+                    f"{type(model).__name__} fails on an input of [{PROBES},{channels},{height},{width}] "
                     f"({one_line(error)}); give the size and channels it was made for"
                 ) from error
-        self.num_classes: int = _scores(output, model, 1).shape[1]
+            found = find_taps(model, seen, PROBES, (height, width), taps)
+            self._taps = mark_overwritten(model, found, lambda: self._call(probe))
+        self.num_classes: int = _scores(seen.output, model, PROBES).shape[1]
         if class_names is not None and len(class_names) != self.num_classes:
             raise RequestError(
                 f"{len(class_names)} class names for a model with {self.num_classes} outputs; give one for each"
             )
         names = range(self.num_classes) if class_names is None else class_names
         self.class_names: tuple[str, ...] = tuple(str(name) for name in names)
-        self._taps: tuple[Tap, ...] = find_taps(model, records, taps, height == width)
 
     @property
     def taps(self) -> tuple[str, ...]:
         """Names of the tapped layers, in the order of `features`."""
         return tuple(tap.name for tap in self._taps)
+
+    @property
+    def layouts(self) -> tuple[Layout, ...]:
+        """Layout of each tapped layer's output: where its grid is, and how many tokens are ahead of it."""
+        return tuple(tap.layout for tap in self._taps)
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -93,6 +109,10 @@ class Classifier:
         settings = {"preprocessing": self.preprocessing.to_json(), "taps": self.taps}
         text = state_digest(self.model.state_dict()) + json.dumps(settings, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+    def _call(self, x: Tensor) -> Any:
+        with torch.compiler.set_stance("force_eager") if self._compiled else nullcontext():
+            return self.model(self._normalise(x))
 
     @contextmanager
     def frozen(self) -> Iterator[nn.Module]:
@@ -123,22 +143,25 @@ class Classifier:
     def logits(self, x: Tensor) -> Tensor:
         """Class scores [B, K] of x [B, C, H, W] in pixel space; differentiable in x."""
         with self.frozen():
-            return _scores(self.model(self._normalise(x)), self.model, len(x))
+            return _scores(self._call(x), self.model, len(x))
 
     def probabilities(self, x: Tensor) -> Tensor:
         """Softmax of the class scores, [B, K]."""
         return self.logits(x).softmax(1)
 
     def features(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Class scores [B, K] and the taps' activations, each [B, C_l, positions...]; differentiable in x."""
+        """Class scores [B, K] and the taps' activations, [B,C,h,w], tokens as [B,C,N], vectors as [B,C].
+
+        Differentiable in x. `layouts[l].spatial(features[l])` is the map of a transformer's image tokens.
+        """
         with self.frozen(), recording(self.model, self._taps) as outputs:
-            scores = _scores(self.model(self._normalise(x)), self.model, len(x))
+            scores = _scores(self._call(x), self.model, len(x))
             missing = [tap.name for tap in self._taps if tap.name not in outputs]
             if missing:
                 raise RequestError(
                     f"the forward pass did not reach the tapped layer '{missing[0]}'; tap another"
                 )
-            return scores, [tap.arrange(outputs[tap.name]) for tap in self._taps]
+            return scores, [tap.layout.arrange(outputs[tap.name]) for tap in self._taps]
 
     def macs(self, size: tuple[int, int] | None = None) -> int:
         """Multiply-adds of one forward pass on one image of (H, W), convolutions and matrix products counted."""
@@ -226,6 +249,21 @@ def load_classifier(
     )
 
 
+def _is_compiled(module: nn.Module) -> bool:
+    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside DataParallel, DistributedDataParallel, torch.compile and AveragedModel wrappers."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, _WRAPPERS):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
 def _preprocessing(
     model: nn.Module,
     given: Preprocessing | None,
@@ -237,7 +275,8 @@ def _preprocessing(
         size = (size, size)
     if given is None:
         first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
-        channels = len(mean or std or ()) or (first.in_channels if first is not None else 3)
+        takes = 1 if first is not None and first.in_channels == 1 else 3
+        channels = len(mean or std or ()) or takes
         return Preprocessing(
             size=size or (224, 224),
             mean=tuple(mean or (0.0,) * channels),

@@ -99,7 +99,7 @@ def test_the_model_is_as_it_was_afterwards(model: Net, method: str, fail: bool) 
 
 def test_building_a_classifier_on_a_failing_model_leaves_no_hook(model: Net) -> None:
     model.fail = True
-    with pytest.raises(RequestError, match=r"\[1,3,16,16\].*on purpose.*size and channels"):
+    with pytest.raises(RequestError, match=r"\[2,3,16,16\].*on purpose.*size and channels"):
         Classifier(model, size=16)
     assert hooks(model) == 0 and model.training
 
@@ -163,7 +163,7 @@ def test_wrong_inputs_and_outputs_are_one_line_requests(model: Net) -> None:
         with pytest.raises(RequestError, match=r"give float \[B,3,H,W\]") as caught:
             classifier.logits(x)
         assert "\n" not in str(caught.value)
-    with pytest.raises(RequestError, match=r"Sequential returned \[1, 6, 16, 16\]"):
+    with pytest.raises(RequestError, match=r"Sequential returned \[2, 6, 16, 16\]"):
         Classifier(nn.Sequential(nn.Conv2d(3, 6, 3, padding=1)), size=16)
 
 
@@ -173,3 +173,25 @@ def test_models_that_wrap_their_scores() -> None:
             return {"hidden": x, "logits": super().forward(x)}
 
     assert Classifier(Wrapped(), size=16).logits(torch.rand(2, 3, 16, 16)).shape == (2, 4)
+
+
+def test_parallel_and_compiled_wrappers_come_off(model: Net) -> None:
+    x = torch.rand(3, 3, 16, 16)
+    wanted = Classifier(model, size=16).features(x)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    for wrapped in (nn.DataParallel(model), torch.compile(nn.DataParallel(model), backend="eager"), average):
+        classifier = Classifier(wrapped, size=16)
+        assert type(classifier.model) is Net
+        torch.testing.assert_close(classifier.features(x)[1], wanted[1])
+    assert Classifier(nn.DataParallel(model), size=16).fingerprint == Classifier(model, size=16).fingerprint
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_hooks_reach_into_compiled_parts(model: Net, whole: bool) -> None:
+    x = torch.rand(3, 3, 16, 16)
+    wanted = Classifier(model, size=16, taps=["stage1.0", "stage2.1"]).features(x)
+    for part in (model,) if whole else (model.stage1, model.stage2):
+        part.compile(backend="eager")
+    model.eval()(x)  # compiled by now, without hooks
+    _, taps = Classifier(model, size=16, taps=["stage1.0", "stage2.1"]).features(x)
+    torch.testing.assert_close(taps, wanted[1])
