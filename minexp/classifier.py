@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from .data.preprocessing import Preprocessing
-from .errors import RequestError
+from .errors import RequestError, one_line
 from .layouts import Layout
-from .specs import Built, build, one_line
+from .specs import build
 from .taps import find_taps, mark_overwritten, recording
 from .tracing import first_tensor, trace
 from .weights import load_weights, state_digest
+from .zoos import Built
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel)
 PROBES = 2  # images in the pass that finds the taps: a lone one would hide which axis is the batch
@@ -202,6 +203,7 @@ def load_classifier(
     spec: str,
     *,
     weights: str | Path | None = None,
+    ema: bool = False,
     num_classes: int | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
@@ -215,7 +217,8 @@ def load_classifier(
 
     spec: `torchvision:NAME`, `timm:NAME`, `hf:PATH_OR_ID`, `package.module:factory` or `file.py:factory`.
     weights: a .safetensors file, or a .pth file that needs no pickle; without it, torchvision, timm and Hugging
-    Face models come with their own weights (downloaded on first use). Preprocessing and labels are the source's
+    Face models come with their own weights (downloaded on first use). ema: take a checkpoint's averaged weights
+    where it holds both. Preprocessing and labels are the source's
     own where it has them; `mean`, `std`, `size` and `class_names` override them. A factory is called with no
     argument, or with `num_classes`, and returns a module or a Classifier.
     Raises RequestError, one line with the way out, for whatever cannot be loaded.
@@ -231,7 +234,7 @@ def load_classifier(
             f"{spec} returned {type(built).__name__}; a factory returns a torch.nn.Module or a Classifier"
         )
     if weights is not None:
-        load_weights(built.model, Path(weights))
+        load_weights(built.model, Path(weights), ema=ema)
     try:
         built.model.to(device)
     except (RuntimeError, AssertionError) as error:
@@ -283,16 +286,11 @@ def _preprocessing(
             std=tuple(std or (1.0,) * channels),
             channels=channels,
         )
-    changes: dict[str, Any] = {}
-    if mean is not None:
-        changes["mean"] = tuple(mean)
-    if std is not None:
-        changes["std"] = tuple(std)
     if size is not None and size != given.size:
-        scale = min(size) / min(given.size)
-        resize = None if given.resize is None else max(max(size), round(given.resize * scale))
-        changes |= {"size": size, "resize": resize}
-    return replace(given, **changes) if changes else given
+        given = given.resized(size)
+    if mean is not None or std is not None:
+        given = replace(given, mean=tuple(mean or given.mean), std=tuple(std or given.std))
+    return given
 
 
 def _scores(output: Any, model: nn.Module, batch: int) -> Tensor:

@@ -186,12 +186,14 @@ def test_parallel_and_compiled_wrappers_come_off(model: Net) -> None:
     assert Classifier(nn.DataParallel(model), size=16).fingerprint == Classifier(model, size=16).fingerprint
 
 
-@pytest.mark.parametrize("whole", [True, False])
-def test_hooks_reach_into_compiled_parts(model: Net, whole: bool) -> None:
-    x = torch.rand(3, 3, 16, 16)
-    wanted = Classifier(model, size=16, taps=["stage1.0", "stage2.1"]).features(x)
-    for part in (model,) if whole else (model.stage1, model.stage2):
-        part.compile(backend="eager")
-    model.eval()(x)  # compiled by now, without hooks
-    _, taps = Classifier(model, size=16, taps=["stage1.0", "stage2.1"]).features(x)
-    torch.testing.assert_close(taps, wanted[1])
+@pytest.mark.parametrize("nested", [True, False])
+def test_hooks_reach_into_compiled_parts(model: Net, nested: bool) -> None:
+    x, outer, prefix = torch.rand(3, 3, 16, 16), nn.Sequential(model), "0." if nested else ""
+    taps = [f"{prefix}relu", f"{prefix}stage1.0", f"{prefix}stage2.1"]
+    wanted = Classifier(outer if nested else model, size=16, taps=taps).features(x)
+    model.compile(backend="eager")
+    outer.eval()(x)
+    classifier = Classifier(outer if nested else model, size=16, taps=taps)
+    for _ in range(2):
+        classifier.logits(x)  # compiled by now, and without hooks
+    torch.testing.assert_close(classifier.features(x)[1], wanted[1])

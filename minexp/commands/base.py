@@ -47,6 +47,8 @@ class WithModel(Command):
     """The classifier: torchvision:NAME, timm:NAME, hf:PATH_OR_ID, package.module:factory or file.py:factory."""
     weights: Path | None = None
     """Its weights, .safetensors or .pth, in place of the source's own."""
+    ema: bool = False
+    """Take the averaged (EMA, SWA) weights of a checkpoint that holds both."""
     num_classes: int | None = None
     """Number of outputs, where it is not the model's usual one."""
     class_names: Path | None = None
@@ -76,6 +78,7 @@ class WithModel(Command):
         return load_classifier(
             self.model,
             weights=self.weights,
+            ema=self.ema,
             num_classes=self.num_classes,
             mean=self.mean or None,
             std=self.std or None,
