@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,8 @@ from .errors import RequestError, one_line
 from .layouts import Layout
 from .specs import build
 from .taps import find_taps, mark_overwritten, recording
-from .tracing import first_tensor, trace
+from .targets import Target, parse_target
+from .tracing import trace
 from .weights import load_weights, state_digest
 from .zoos import Built
 
@@ -36,6 +37,7 @@ class Classifier:
     preprocessing: how a decoded image becomes [C, H, W]; `mean`, `std` and `size` override or replace it.
     taps: names of the layers whose activations are matched; by default the stem and the last stage output at each
     resolution. A DataParallel or compiled wrapper is taken off: `model` is what it wraps.
+    target: what of the output is explained, by default the class with the highest score (`minexp.targets`).
     Raises RequestError when the model does not run on such an input or a name is unknown.
     """
 
@@ -49,6 +51,7 @@ class Classifier:
         size: int | tuple[int, int] | None = None,
         class_names: Sequence[str] | None = None,
         taps: Sequence[str] | None = None,
+        target: Target | str = "top1",
     ) -> None:
         self.model = model = unwrapped(model)
         self._depth = 0
@@ -56,11 +59,12 @@ class Classifier:
         self._compiled = any(map(_is_compiled, model.modules()))
         self._macs: dict[tuple[int, int], int] = {}
         self.preprocessing = _preprocessing(model, preprocessing, mean, std, size)
+        self.target = parse_target(target) if isinstance(target, str) else target
         channels, height, width = self.input_shape
         with self.frozen(), torch.no_grad():
             probe = torch.full((PROBES, channels, height, width), 0.5, device=self.device)
             try:
-                seen = trace(model, probe, self._call, lambda output: _scores(output, model, PROBES))
+                seen = trace(model, probe, self._call, lambda output: self._scores(output, PROBES))
             except RequestError:
                 raise
             except Exception as error:
@@ -70,13 +74,14 @@ class Classifier:
                 ) from error
             found = find_taps(model, seen, PROBES, (height, width), taps)
             self._taps = mark_overwritten(model, found, lambda: self._call(probe))
-        self.num_classes: int = _scores(seen.output, model, PROBES).shape[1]
+        self.num_classes: int = self._scores(seen.output, PROBES).shape[1]
         if class_names is not None and len(class_names) != self.num_classes:
             raise RequestError(
                 f"{len(class_names)} class names for a model with {self.num_classes} outputs; give one for each"
             )
         names = range(self.num_classes) if class_names is None else class_names
         self.class_names: tuple[str, ...] = tuple(str(name) for name in names)
+        self.target = self.target.bound(self.class_names)
 
     @property
     def taps(self) -> tuple[str, ...]:
@@ -106,8 +111,10 @@ class Classifier:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of the weights, the preprocessing and the taps; computed anew, so that it never lags."""
+        """SHA-256 (hex) of weights, preprocessing, taps and target; computed anew, so that it never lags."""
         settings = {"preprocessing": self.preprocessing.to_json(), "taps": self.taps}
+        if self.target.key() != Target().key():
+            settings["target"] = self.target.key()
         text = state_digest(self.model.state_dict()) + json.dumps(settings, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -144,7 +151,7 @@ class Classifier:
     def logits(self, x: Tensor) -> Tensor:
         """Class scores [B, K] of x [B, C, H, W] in pixel space; differentiable in x."""
         with self.frozen():
-            return _scores(self._call(x), self.model, len(x))
+            return self._scores(self._call(x), len(x))
 
     def probabilities(self, x: Tensor) -> Tensor:
         """Softmax of the class scores, [B, K]."""
@@ -156,7 +163,7 @@ class Classifier:
         Differentiable in x. `layouts[l].spatial(features[l])` is the map of a transformer's image tokens.
         """
         with self.frozen(), recording(self.model, self._taps) as outputs:
-            scores = _scores(self._call(x), self.model, len(x))
+            scores = self._scores(self._call(x), len(x))
             missing = [tap.name for tap in self._taps if tap.name not in outputs]
             if missing:
                 raise RequestError(
@@ -175,6 +182,18 @@ class Classifier:
                 self.logits(x)
             self._macs[size] = counter.get_total_flops() // 2
         return self._macs[size]
+
+    def _scores(self, output: Any, batch: int) -> Tensor:
+        """The [B, K] scores that the target finds in what the model returned."""
+        scores, name, least = self.target.scores(output), type(self.model).__name__, self.target.outputs
+        if scores is None or scores.ndim != 2 or scores.shape[0] != batch or scores.shape[1] < least:
+            shape = "no tensor" if scores is None else str(list(scores.shape))
+            single = scores is not None and scores.numel() == batch
+            hint = "; for one output give --target binary or --target value" if single else ""
+            raise RequestError(
+                f"{name} returned {shape} for {batch} image(s); a classifier gives [B,K] scores, K ≥ {least}{hint}"
+            )
+        return scores
 
     def _normalise(self, x: Tensor) -> Tensor:
         settings = self.preprocessing
@@ -210,6 +229,7 @@ def load_classifier(
     size: int | tuple[int, int] | None = None,
     class_names: Sequence[str] | None = None,
     taps: Sequence[str] | None = None,
+    target: Target | str | None = None,
     device: torch.device | str = "cpu",
     trust_model: bool = False,
 ) -> Classifier:
@@ -220,12 +240,14 @@ def load_classifier(
     Face models come with their own weights (downloaded on first use). ema: take a checkpoint's averaged weights
     where it holds both. Preprocessing and labels are the source's
     own where it has them; `mean`, `std`, `size` and `class_names` override them. A factory is called with no
-    argument, or with `num_classes`, and returns a module or a Classifier.
+    argument, or with `num_classes`, and returns a module or a Classifier. target: what of the output is explained, as
+    `minexp.targets` or as the command line writes it.
     Raises RequestError, one line with the way out, for whatever cannot be loaded.
     """
     built = build(spec, num_classes=num_classes, pretrained=weights is None, trust_model=trust_model)
     if isinstance(built, Classifier):
         taps = built.taps if taps is None else taps
+        target = built.target if target is None else target
         built = Built(built.model, built.preprocessing, built.class_names)
     elif isinstance(built, nn.Module):
         built = Built(built)
@@ -241,14 +263,16 @@ def load_classifier(
         raise RequestError(
             f"device '{device}' is not usable ({one_line(error)}); give --device cpu"
         ) from error
+    target = parse_target(target) if isinstance(target, str) else target or Target()
     return Classifier(
         built.model,
         preprocessing=built.preprocessing,
         mean=mean,
         std=std,
         size=size,
-        class_names=built.class_names if class_names is None else class_names,
+        class_names=class_names if class_names is not None or not target.of_classes else built.class_names,
         taps=taps,
+        target=target,
     )
 
 
@@ -291,18 +315,3 @@ def _preprocessing(
     if mean is not None or std is not None:
         given = replace(given, mean=tuple(mean or given.mean), std=tuple(std or given.std))
     return given
-
-
-def _scores(output: Any, model: nn.Module, batch: int) -> Tensor:
-    """The [B, K] scores in whatever the model returned (a tensor, a tuple, an object with `.logits`)."""
-    scores = getattr(output, "logits", None)
-    if not isinstance(scores, Tensor):
-        scores = output.get("logits") if isinstance(output, Mapping) else None
-    if not isinstance(scores, Tensor):
-        scores = first_tensor(output)
-    if scores is None or scores.ndim != 2 or scores.shape[0] != batch or scores.shape[1] < 2:
-        shape = "no tensor" if scores is None else str(list(scores.shape))
-        raise RequestError(
-            f"{type(model).__name__} returned {shape} for {batch} image(s); a classifier gives [B,K] scores, K ≥ 2"
-        )
-    return scores

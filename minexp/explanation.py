@@ -141,7 +141,7 @@ def explain(
     backgrounds: Backgrounds | None = None,
     refinement: Refinement | None = None,
 ) -> Explanation:
-    """Explain the top class of every image of x, float [B,C,H,W] in [0,1].
+    """Explain the decision (by default the top class) of every image of x, float [B,C,H,W] in [0,1].
 
     effort "fast": the masker's mask, repaired where the predicate fails; "refined": optimised per image, from
     the masker's output or, without a masker, from keep-all. A mask whose fresh draws contradict the predicate is
@@ -206,12 +206,12 @@ def _find(
     parts, orders = [], []
     size = judge.micro_batch
     for part, scores in zip(x.split(size), logits.split(size), strict=True):
-        label = scores.argmax(1)
+        decision = judge.target.decide(scores)
         p = None if masker is None else masker.probabilities(part)
         if effort == "fast":
             assert p is not None
             p = local_order(p)
-            parts.append(threshold_masks(judge, part, label, p))
+            parts.append(threshold_masks(judge, part, decision, p))
             orders.append(p)
             continue
         numbers = torch.tensor([zlib.crc32(i.numpy().tobytes()) % 2**20 for i in part.cpu()])
@@ -245,7 +245,7 @@ def _enlarge(
     larger = threshold_masks(
         judge.stricter(2**attempt),
         x[index],
-        scores.argmax(1),
+        judge.target.decide(scores),
         order[index],
         at_least=(size * GROW).ceil().long(),
     )

@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +40,7 @@ def build(spec: str, *, num_classes: int | None, pretrained: bool, trust_model: 
 
 
 def _factory(spec: str, num_classes: int | None) -> Any:
-    where, _, name = spec.rpartition(":")
-    if not name.isidentifier():
-        raise RequestError(f"unknown model '{spec}'; write it as {FORMS}")
-    module = _file_module(where) if where.endswith(".py") else _named_module(where, spec)
-    factory = getattr(module, name, None)
-    if not callable(factory):
-        public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise RequestError(f"{where} has no factory '{name}'; near: {near(name, public)}")
+    factory = named_object(spec, "model", FORMS)
     takes = inspect.signature(factory).parameters
     if num_classes is not None and "num_classes" not in takes:
         raise RequestError(f"{spec} takes no num_classes; leave --num-classes out or add the parameter")
@@ -60,10 +54,26 @@ def _factory(spec: str, num_classes: int | None) -> Any:
         ) from error
 
 
+def named_object(spec: str, what: str, forms: str) -> Callable[..., Any]:
+    """The function or class that `package.module:name` or `file.py:name` names; RequestError where there is none.
+
+    what, forms: what it is to be, and how that is written, for the error.
+    """
+    where, _, name = spec.rpartition(":")
+    if not name.isidentifier():
+        raise RequestError(f"unknown {what} '{spec}'; write it as {forms}")
+    module = _file_module(where) if where.endswith(".py") else _named_module(where, spec, what, forms)
+    found = getattr(module, name, None)
+    if not callable(found):
+        public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise RequestError(f"{where} has no function '{name}'; near: {near(name, public)}")
+    return found
+
+
 def _file_module(where: str) -> Any:
     path = Path(where)
     if not path.is_file():
-        raise RequestError(f"no file {where}; a model from a file is written path/to/file.py:factory")
+        raise RequestError(f"no file {where}; a function of a file is written path/to/file.py:function")
     description = importlib.util.spec_from_file_location(f"minexp_user_{path.stem}", path)
     if description is None or description.loader is None:
         raise RequestError(f"{where} cannot be imported as Python")
@@ -82,20 +92,20 @@ def _file_module(where: str) -> Any:
     return module
 
 
-def _named_module(where: str, spec: str) -> Any:
+def _named_module(where: str, spec: str, what: str, forms: str) -> Any:
     here = os.getcwd()
     sys.path.insert(0, here)  # an installed command does not look into the current folder by itself
     try:
         return importlib.import_module(where)
     except ModuleNotFoundError as error:
         if error.name is not None and (where == error.name or where.startswith(error.name + ".")):
-            raise RequestError(f"no module '{where}' for the model '{spec}'; write it as {FORMS}") from error
+            raise RequestError(f"no module '{where}' for the {what} '{spec}'; write it as {forms}") from error
         raise RequestError(
             f"{where} fails when imported ({one_line(error)}); install what it needs"
         ) from error
     except Exception as error:
         raise RequestError(
-            f"{where} fails when imported ({one_line(error)}); write the model as {FORMS}"
+            f"{where} fails when imported ({one_line(error)}); write the {what} as {forms}"
         ) from error
     finally:
         sys.path.remove(here)

@@ -81,7 +81,7 @@ def test_unknown_specs_name_the_forms_or_near_names(source: str) -> None:
     refused("", "unknown model")
     refused("no.such.module:net", "no module 'no.such.module'")
     refused("nothing.py:net", "no file nothing.py")
-    refused(f"{source}:nett", "no factory 'nett'; near: net")
+    refused(f"{source}:nett", "no function 'nett'; near: net")
     refused(f"{source}:broken", "failed .KeyError: 'no such thing'")
     refused(f"{source}:text", "returned str")
     refused(f"{source}:fixed", "takes no num_classes", num_classes=4)
