@@ -18,6 +18,7 @@ from .backgrounds import HELD_OUT, OTHER, POOL, RANDOM, Backgrounds
 from .classifier import Classifier
 from .errors import RequestError
 from .intervals import wilson
+from .microbatch import MicroBatch
 from .regions import border_share, components
 
 PER_FAMILY = 5  # certificate draws a family
@@ -112,12 +113,6 @@ class Certificate:
         )
 
 
-def default_micro_batch(shape: tuple[int, int, int], device: str = "cpu") -> int:
-    """Images a classifier call: few enough to stay in a CPU's cache, enough to fill a GPU."""
-    pixels = shape[1] * shape[2]
-    return max(8, min(128, 2**18 // pixels)) if device == "cpu" else max(16, min(1024, 2**23 // pixels))
-
-
 class Judge:
     """A predicate bound to a classifier and a job's backgrounds: decides masks and writes certificates."""
 
@@ -127,11 +122,12 @@ class Judge:
         predicate: Predicate,
         backgrounds: Backgrounds,
         *,
-        micro_batch: int | None = None,
+        micro_batch: MicroBatch | int | None = None,
         per_family: int = PER_FAMILY,
     ) -> None:
         self.classifier, self.predicate, self.backgrounds = classifier, predicate, backgrounds
-        self.micro_batch = micro_batch or default_micro_batch(classifier.input_shape, classifier.device.type)
+        micro_batch = classifier.micro_batch if micro_batch is None else micro_batch
+        self.micro_batch = MicroBatch(micro_batch) if isinstance(micro_batch, int) else micro_batch
         self.per_family = per_family
         self.target = classifier.target
         self.claim = predicate.claim(str(self.target))
@@ -151,12 +147,12 @@ class Judge:
     @torch.no_grad()
     def logits(self, x: Tensor) -> Tensor:
         """Class scores of x, a micro-batch at a time."""
-        scores = []
-        for part in x.split(self.micro_batch):
-            # kernels for one image round differently: it goes beside a copy, which no count of evaluations includes
-            together = part if len(part) > 1 else part.repeat(2, 1, 1, 1)
-            scores.append(self.classifier.logits(together)[: len(part)])
-        return torch.cat(scores)
+        return torch.cat(list(self.micro_batch.run(self._scores, x)))
+
+    def _scores(self, x: Tensor) -> Tensor:
+        # kernels for one image round differently: it goes beside a copy, which no count of evaluations includes
+        together = x if len(x) > 1 else x.repeat(2, 1, 1, 1)
+        return self.classifier.logits(together)[: len(x)]
 
     @torch.no_grad()
     def holds(self, x: Tensor, decision: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -194,9 +190,8 @@ class Judge:
         pool: int = POOL,
     ) -> Tensor:
         """[B, len(draws)]: is the decision kept on each (family, number or numbers [B]) background?"""
-        kept = torch.empty(len(x), len(draws), dtype=torch.bool, device=x.device)
-        block = max(1, self.micro_batch // len(draws))
-        for part in torch.arange(len(x)).split(block):  # on the CPU: it indexes numbers there, too
+
+        def block(part: Tensor) -> Tensor:
             filled = []
             for family, number in draws:
                 picks = number[part] if isinstance(number, Tensor) else torch.full((len(part),), number)
@@ -205,8 +200,10 @@ class Judge:
                 )[:, 0]
                 filled.append(torch.where(mask[part], x[part], background))
             scores, wanted = self.logits(torch.cat(filled)), torch.cat([decision[part]] * len(draws))
-            kept[part] = self.target.kept(scores, wanted).view(len(draws), len(part)).T
-        return kept
+            return self.target.kept(scores, wanted).view(len(draws), len(part)).T
+
+        places = torch.arange(len(x))  # on the CPU: it indexes numbers there, too
+        return torch.cat(list(self.micro_batch.run(block, places, times=len(draws))))
 
     def empty(self, x: Tensor) -> Tensor:
         """Scores [K] of the default background alone; one evaluation a job."""

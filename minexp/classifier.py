@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .data.preprocessing import Preprocessing
 from .errors import RequestError, one_line
 from .layouts import Layout
+from .microbatch import MicroBatch
 from .specs import build
 from .taps import find_taps, mark_overwritten, recording
 from .targets import Target, parse_target
@@ -57,6 +58,7 @@ class Classifier:
         self._depth = 0
         # Compiled code passes hooks over in silence: such parts run as they were written.
         self._compiled = any(map(_is_compiled, model.modules()))
+        self._micro_batch: MicroBatch | None = None
         self._macs: dict[tuple[int, int], int] = {}
         self.preprocessing = _preprocessing(model, preprocessing, mean, std, size)
         self.target = parse_target(target) if isinstance(target, str) else target
@@ -107,7 +109,15 @@ class Classifier:
     def to(self, device: torch.device | str) -> Classifier:
         """Move the model; returns this classifier."""
         self.model.to(device)
+        self._micro_batch = None
         return self
+
+    @property
+    def micro_batch(self) -> MicroBatch:
+        """How many images go through the model at once, for every job on this device."""
+        if self._micro_batch is None:
+            self._micro_batch = MicroBatch.for_input(self.input_shape, self.device.type)
+        return self._micro_batch
 
     @property
     def fingerprint(self) -> str:
