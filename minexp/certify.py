@@ -18,6 +18,7 @@ from .backgrounds import HELD_OUT, OTHER, POOL, RANDOM, Backgrounds
 from .classifier import Classifier
 from .errors import RequestError
 from .intervals import wilson
+from .microbatch import MicroBatch
 from .regions import border_share, components
 
 PER_FAMILY = 5  # certificate draws a family
@@ -27,9 +28,10 @@ PER_FAMILY = 5  # certificate draws a family
 class Predicate:
     """When does a mask explain a decision? A deterministic function of (image, mask) for one job's backgrounds.
 
-    kind "top1": argmax f(e) is the image's class on the default background; "score": p_y(e) ≥ tau;
-    "robust": top-1 kept and kept on at least the share ``rho`` of ``draws`` random backgrounds of the training
-    families (those of which two draws differ; the mean colour is the default background).
+    kind "top1": the classifier's target is kept on the default background, by default argmax f(e) = the image's class;
+    "score": its confidence, by default p_y(e), is at least tau; "robust": kept there and on at least the share ``rho``
+    of ``draws`` random backgrounds of the training families (those of which two draws differ; the mean colour is the
+    default background).
     """
 
     kind: Literal["top1", "score", "robust"] = "robust"
@@ -51,12 +53,16 @@ class Predicate:
         """How many draws may fail."""
         return math.floor((1 - self.rho) * self.draws + 1e-9)
 
-    def __str__(self) -> str:
+    def claim(self, kept: str = "top-1 kept") -> str:
+        """What it asks, in words; `kept` says when the decision is kept."""
         if self.kind == "top1":
-            return "top-1 kept"
+            return kept
         if self.kind == "score":
             return f"p >= {self.tau:g}"
-        return f"top-1 kept and robust >= {self.rho:g} on {self.draws} backgrounds"
+        return f"{kept} and robust >= {self.rho:g} on {self.draws} backgrounds"
+
+    def __str__(self) -> str:
+        return self.claim()
 
 
 @dataclass(frozen=True)
@@ -107,12 +113,6 @@ class Certificate:
         )
 
 
-def default_micro_batch(shape: tuple[int, int, int], device: str = "cpu") -> int:
-    """Images a classifier call: few enough to stay in a CPU's cache, enough to fill a GPU."""
-    pixels = shape[1] * shape[2]
-    return max(8, min(128, 2**18 // pixels)) if device == "cpu" else max(16, min(1024, 2**23 // pixels))
-
-
 class Judge:
     """A predicate bound to a classifier and a job's backgrounds: decides masks and writes certificates."""
 
@@ -122,12 +122,15 @@ class Judge:
         predicate: Predicate,
         backgrounds: Backgrounds,
         *,
-        micro_batch: int | None = None,
+        micro_batch: MicroBatch | int | None = None,
         per_family: int = PER_FAMILY,
     ) -> None:
         self.classifier, self.predicate, self.backgrounds = classifier, predicate, backgrounds
-        self.micro_batch = micro_batch or default_micro_batch(classifier.input_shape, classifier.device.type)
+        micro_batch = classifier.micro_batch if micro_batch is None else micro_batch
+        self.micro_batch = MicroBatch(micro_batch) if isinstance(micro_batch, int) else micro_batch
         self.per_family = per_family
+        self.target = classifier.target
+        self.claim = predicate.claim(str(self.target))
         self._empty: dict[torch.Size, Tensor] = {}
 
     def stricter(self, factor: int) -> Judge:
@@ -144,22 +147,22 @@ class Judge:
     @torch.no_grad()
     def logits(self, x: Tensor) -> Tensor:
         """Class scores of x, a micro-batch at a time."""
-        scores = []
-        for part in x.split(self.micro_batch):
-            # kernels for one image round differently: it goes beside a copy, which no count of evaluations includes
-            together = part if len(part) > 1 else part.repeat(2, 1, 1, 1)
-            scores.append(self.classifier.logits(together)[: len(part)])
-        return torch.cat(scores)
+        return torch.cat(list(self.micro_batch.run(self._scores, x)))
+
+    def _scores(self, x: Tensor) -> Tensor:
+        # kernels for one image round differently: it goes beside a copy, which no count of evaluations includes
+        together = x if len(x) > 1 else x.repeat(2, 1, 1, 1)
+        return self.classifier.logits(together)[: len(x)]
 
     @torch.no_grad()
-    def holds(self, x: Tensor, label: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def holds(self, x: Tensor, decision: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Does the predicate hold for masks [B,1,H,W] (bool) of x? Returns ([B] bool, [B] classifier evaluations)."""
         ok = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         spent = torch.ones(len(x), dtype=torch.long, device=x.device)
         logits = self.logits(torch.where(mask, x, self.backgrounds.default(x)))
         if self.predicate.kind == "score":
-            return logits.softmax(1).gather(1, label[:, None])[:, 0] >= self.predicate.tau, spent
-        ok = logits.argmax(1) == label
+            return self.target.confidence(logits, decision) >= self.predicate.tau, spent
+        ok = self.target.kept(logits, decision)
         if self.predicate.kind == "top1":
             return ok, spent
         missed = torch.zeros_like(spent)
@@ -171,7 +174,7 @@ class Judge:
             numbers = range(first, min(first + len(RANDOM), self.predicate.draws))
             pairs = [(RANDOM[n % len(RANDOM)], n // len(RANDOM)) for n in numbers]
             pool = max(POOL, -(-self.predicate.draws // len(RANDOM)))  # no draw counts twice
-            kept = self._kept_on(x[alive], label[alive], mask[alive], pairs, "predicate", pool)
+            kept = self._kept_on(x[alive], decision[alive], mask[alive], pairs, "predicate", pool)
             missed[alive] += (~kept).sum(1)
             spent[alive] += len(pairs)
             ok &= missed <= self.predicate.misses
@@ -180,16 +183,15 @@ class Judge:
     def _kept_on(
         self,
         x: Tensor,
-        label: Tensor,
+        decision: Tensor,
         mask: Tensor,
         draws: Sequence[tuple[str, int | Tensor]],
         purpose: str,
         pool: int = POOL,
     ) -> Tensor:
-        """[B, len(draws)]: is the class kept on each (family, number or numbers [B]) background?"""
-        kept = torch.empty(len(x), len(draws), dtype=torch.bool, device=x.device)
-        block = max(1, self.micro_batch // len(draws))
-        for part in torch.arange(len(x)).split(block):  # on the CPU: it indexes numbers there, too
+        """[B, len(draws)]: is the decision kept on each (family, number or numbers [B]) background?"""
+
+        def block(part: Tensor) -> Tensor:
             filled = []
             for family, number in draws:
                 picks = number[part] if isinstance(number, Tensor) else torch.full((len(part),), number)
@@ -197,15 +199,17 @@ class Judge:
                     family, x[part], picks[:, None], purpose=purpose, pool=pool
                 )[:, 0]
                 filled.append(torch.where(mask[part], x[part], background))
-            predicted = self.logits(torch.cat(filled)).argmax(1).view(len(draws), len(part))
-            kept[part] = (predicted == label[part]).T
-        return kept
+            scores, wanted = self.logits(torch.cat(filled)), torch.cat([decision[part]] * len(draws))
+            return self.target.kept(scores, wanted).view(len(draws), len(part)).T
+
+        places = torch.arange(len(x))  # on the CPU: it indexes numbers there, too
+        return torch.cat(list(self.micro_batch.run(block, places, times=len(draws))))
 
     def empty(self, x: Tensor) -> Tensor:
-        """Class probabilities [K] of the default background alone; one evaluation a job."""
+        """Scores [K] of the default background alone; one evaluation a job."""
         if x.shape[1:] not in self._empty:
             blank = self.backgrounds.default(x).expand(1, *x.shape[1:])
-            self._empty[x.shape[1:]] = self.logits(blank).softmax(1)[0]
+            self._empty[x.shape[1:]] = self.logits(blank)[0]
         return self._empty[x.shape[1:]]
 
     @torch.no_grad()
@@ -225,13 +229,13 @@ class Judge:
         logits: scores of the whole images; holds, threshold, evaluations [B]: what led to the masks. A robust
         predicate is contradicted where the Wilson interval of the fresh draws lies below rho.
         """
-        label, default = logits.argmax(1), self.backgrounds.default(x)
-        full = logits.softmax(1).gather(1, label[:, None])[:, 0]
+        target, default = self.target, self.backgrounds.default(x)
+        decision, labels = target.decide(logits), target.label(logits).tolist()
         dilated = F.max_pool2d(mask.float(), 3, 1, 1).bool()
         probe = self.logits(torch.cat([torch.where(m, x, default) for m in (mask, ~mask, dilated)])).view(
             3, len(x), -1
         )
-        masked, complement, wider = probe.softmax(2)
+        masked, complement, wider = probe
         families = [*RANDOM, *HELD_OUT]
         if self.backgrounds.reference is not None:
             families.append(OTHER)
@@ -239,13 +243,16 @@ class Judge:
         draws: list[tuple[str, int | Tensor]] = [
             (family, start % 2**31 + number) for family in families for number in range(self.per_family)
         ]
-        kept = self._kept_on(x, label, mask, draws, purpose).view(len(x), len(families), -1).cpu()
+        kept = self._kept_on(x, decision, mask, draws, purpose).view(len(x), len(families), -1).cpu()
         spent = 4 + len(draws)  # f(x), the three probes, the draws
-        empty = self.empty(x)
-        picked = [t.gather(1, label[:, None])[:, 0].tolist() for t in (masked, complement)]
+        probes = (logits, masked, complement, self.empty(x).expand_as(logits))
+        confidences = [target.confidence(scores, decision).tolist() for scores in probes]
+        same_as, dilated_as = (target.kept(scores, decision).tolist() for scores in (masked, wider))
+        labels_masked = target.label(masked).tolist()
         rows = []
-        for b, y in enumerate(label.tolist()):
-            same = int(masked[b].argmax()) == y
+        for b, y in enumerate(labels):
+            conf, conf_masked, conf_complement, conf_empty = (values[b] for values in confidences)
+            same = same_as[b]
             by_family = {"mean": float(same)} | dict(
                 zip(families, kept[b].float().mean(1).tolist(), strict=True)
             )
@@ -255,7 +262,7 @@ class Judge:
             plain = mask[b, 0].cpu().numpy()
             reason = None
             if not holds[b]:
-                reason = f"the predicate fails even for the whole image: {self.predicate}"
+                reason = f"the predicate fails even for the whole image: {self.claim}"
             elif self.predicate.kind == "robust" and train[2] < self.predicate.rho:
                 reason = f"fresh backgrounds contradict it: robust {train[0]:.2f}, at most {train[2]:.2f}"
             rows.append(
@@ -263,12 +270,12 @@ class Judge:
                     certified=reason is None,
                     reason=reason,
                     label=y,
-                    label_name=self.classifier.class_names[y],
-                    conf=float(full[b]),
-                    label_masked=int(masked[b].argmax()),
-                    conf_masked=picked[0][b],
-                    conf_complement=picked[1][b],
-                    conf_empty=float(empty[y]),
+                    label_name=target.name(logits[b], self.classifier.class_names),
+                    conf=conf,
+                    label_masked=labels_masked[b],
+                    conf_masked=conf_masked,
+                    conf_complement=conf_complement,
+                    conf_empty=conf_empty,
                     kept=same,
                     area=float(plain.mean()),
                     components=components(plain),
@@ -284,9 +291,9 @@ class Judge:
                     robust_heldout_n=held[3],
                     robust_other=other[0],
                     robust_other_n=other[3],
-                    dilation_kept=int(wider[b].argmax()) == y,
+                    dilation_kept=dilated_as[b],
                     minimal_at=None,
-                    predicate=str(self.predicate),
+                    predicate=self.claim,
                     evaluations=int(evaluations[b]) + spent,
                     families=json.dumps({k: round(v, 4) for k, v in by_family.items()}),
                 )

@@ -18,6 +18,7 @@ from .classifier import Classifier
 from .data.store import pack_mask
 from .errors import MinexpError, RequestError
 from .masker import Masker
+from .microbatch import MicroBatch
 from .refine import Refinement, refine
 from .repair import Masks, growth_order, local_order, threshold_masks
 
@@ -137,11 +138,11 @@ def explain(
     background: str | tuple[float, ...] = "mean",
     reference: Tensor | None = None,
     seed: int = 0,
-    micro_batch: int | None = None,
+    micro_batch: MicroBatch | int | None = None,
     backgrounds: Backgrounds | None = None,
     refinement: Refinement | None = None,
 ) -> Explanation:
-    """Explain the top class of every image of x, float [B,C,H,W] in [0,1].
+    """Explain the decision (by default the top class) of every image of x, float [B,C,H,W] in [0,1].
 
     effort "fast": the masker's mask, repaired where the predicate fails; "refined": optimised per image, from
     the masker's output or, without a masker, from keep-all. A mask whose fresh draws contradict the predicate is
@@ -203,17 +204,14 @@ def _find(
     refinement: Refinement | None,
 ) -> tuple[Masks, Tensor]:
     """Masks that satisfy the predicate, and the order [B,1,H,W] in which pixels would join them."""
-    parts, orders = [], []
-    size = judge.micro_batch
-    for part, scores in zip(x.split(size), logits.split(size), strict=True):
-        label = scores.argmax(1)
+
+    def find(part: Tensor, scores: Tensor) -> tuple[Masks, Tensor]:
+        decision = judge.target.decide(scores)
         p = None if masker is None else masker.probabilities(part)
         if effort == "fast":
             assert p is not None
             p = local_order(p)
-            parts.append(threshold_masks(judge, part, label, p))
-            orders.append(p)
-            continue
+            return threshold_masks(judge, part, decision, p), p
         numbers = torch.tensor([zlib.crc32(i.numpy().tobytes()) % 2**20 for i in part.cpu()])
         refined = refine(
             judge,
@@ -222,11 +220,11 @@ def _find(
             start=None if p is None else torch.logit(p, 1e-4),
             numbers=numbers,
         )
-        parts.append(refined)
-        orders.append(growth_order(refined.masks))
-    return Masks(
-        *(torch.cat([getattr(p, name) for p in parts]) for name in Masks.__annotations__)
-    ), torch.cat(orders)
+        return refined, growth_order(refined.masks)
+
+    masks, orders = zip(*judge.micro_batch.run(find, x, logits), strict=True)
+    joined = (torch.cat([getattr(part, name) for part in masks]) for name in Masks.__annotations__)
+    return Masks(*joined), torch.cat(orders)
 
 
 def _enlarge(
@@ -245,7 +243,7 @@ def _enlarge(
     larger = threshold_masks(
         judge.stricter(2**attempt),
         x[index],
-        scores.argmax(1),
+        judge.target.decide(scores),
         order[index],
         at_least=(size * GROW).ceil().long(),
     )

@@ -83,9 +83,9 @@ def refine(
                     low, high
                 )
             if hard and (step + 1) % settings.check == 0 and step + 1 < settings.steps:
-                best = _keep_smaller(best, _tried(judge, x, target.label, p.detach()))
+                best = _keep_smaller(best, _tried(judge, x, target.decision, p.detach()))
         p = torch.sigmoid(F.interpolate(coarse.detach(), size=(h, w), mode="bilinear", align_corners=False))
-        best = _keep_smaller(best, threshold_masks(judge, x, target.label, p, tighten=True))
+        best = _keep_smaller(best, threshold_masks(judge, x, target.decision, p, tighten=True))
     # a gradient step is two images forward and as much again backward; the target is one more forward
     return replace(best, evaluations=best.evaluations + 2 * 2 * settings.steps + 1)
 
@@ -115,9 +115,9 @@ def _adam(value: Tensor, gradient: Tensor, moments: list[Tensor], step: int, lr:
         value -= lr * unbiased / scale
 
 
-def _tried(judge: Judge, x: Tensor, label: Tensor, p: Tensor) -> Masks:
+def _tried(judge: Judge, x: Tensor, decision: Tensor, p: Tensor) -> Masks:
     mask = p > 0.5
-    holds, spent = judge.holds(x, label, mask)
+    holds, spent = judge.holds(x, decision, mask)
     return Masks(mask, holds, torch.full((len(x),), 0.5, device=x.device), spent)
 
 

@@ -27,7 +27,7 @@ class Masks:
 def threshold_masks(
     judge: Judge,
     x: Tensor,
-    label: Tensor,
+    decision: Tensor,
     p: Tensor,
     *,
     tighten: bool = False,
@@ -37,7 +37,7 @@ def threshold_masks(
     """Threshold p [B,1,H,W] at 0.5; where the predicate fails there, lower the threshold until it holds.
 
     The candidates of one image are its probabilities' own level sets: growing by a constant factor, then bisected
-    in log-area; keep-all, which always keeps the top class, is the last resort. ``tighten`` also bisects below
+    in log-area; keep-all, which always keeps the decision, is the last resort. ``tighten`` also bisects below
     masks that hold at 0.5.
     at_least [B]: begin with the level sets of that many pixels instead.
     """
@@ -46,21 +46,21 @@ def threshold_masks(
     ranked = flat.sort(1, descending=True).values
     first = flat > threshold if at_least is None else _level_set(flat, ranked, at_least.clamp(1, h * w))
     count = first.sum(1)
-    ok, spent = judge.holds(x, label, first.view(p.shape))
+    ok, spent = judge.holds(x, decision, first.view(p.shape))
     everything = torch.full_like(count, h * w)
     high = torch.where(ok, count, everything)  # a size that holds
     low = torch.where(ok, (count // 4), count)  # a size that fails, or is not tried below
-    holds = torch.ones_like(ok)  # keep-all keeps the top class by definition
+    holds = torch.ones_like(ok)  # keep-all keeps the decision by definition
     failing = (~ok).nonzero().flatten()
     if judge.predicate.kind == "score" and len(failing):  # that even the whole image may fail: then say so
         whole = torch.ones(len(failing), 1, h, w, dtype=torch.bool, device=x.device)
-        holds[failing], extra = judge.holds(x[failing], label[failing], whole)
+        holds[failing], extra = judge.holds(x[failing], decision[failing], whole)
         spent[failing] += extra
 
     def attempt(index: Tensor, size: Tensor) -> Tensor:
         """Try level sets of these sizes; the bounds move. Which of them hold?"""
         candidate = _level_set(flat[index], ranked[index], size)
-        passed, extra = judge.holds(x[index], label[index], candidate.view(-1, 1, h, w))
+        passed, extra = judge.holds(x[index], decision[index], candidate.view(-1, 1, h, w))
         spent[index] += extra
         high[index] = torch.where(passed, size, high[index])
         low[index] = torch.where(passed, low[index], size)

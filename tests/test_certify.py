@@ -25,7 +25,7 @@ from tiny_models import (
 from torch import Tensor
 
 from minexp.backgrounds import HELD_OUT, OTHER, RANDOM, Backgrounds
-from minexp.certify import Certificate, Judge, Predicate, default_micro_batch
+from minexp.certify import Certificate, Judge, Predicate
 from minexp.classifier import Classifier
 from minexp.errors import RequestError
 from minexp.intervals import wilson
@@ -348,9 +348,3 @@ def test_known_certificate_of_a_red_pixel() -> None:
     assert certificate.conf_complement == certificate.conf_empty < 0.01
     assert certificate.dilation_kept and certificate.robust_other is None and certificate.robust_other_n == 0
     assert "certified: top-1 kept and robust >= 0.95" in str(certificate)
-
-
-def test_micro_batches_fit_the_image_size() -> None:
-    sizes = [default_micro_batch((3, side, side)) for side in (16, 64, 224, 1024)]
-    assert sizes == sorted(sizes, reverse=True) and sizes[-1] == 8 and sizes[0] == 128
-    assert default_micro_batch((3, 224, 224), "cuda") > default_micro_batch((3, 224, 224))

@@ -193,7 +193,7 @@ def _describe(
     return {
         "fingerprint": digest,
         **identity,
-        "predicate": str(predicate),
+        "predicate": predicate.claim(str(classifier.target)),
         "source_name": source.name,
         "model": type(classifier.model).__name__,
         "preprocessing": classifier.preprocessing.to_json(),
