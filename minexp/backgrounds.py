@@ -14,12 +14,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TRAINING = ("mean", "uniform", "gaussian", "flat", "phase")
-RANDOM = TRAINING[1:]  # the mean colour is one picture: two draws of it are the same
-HELD_OUT = ("blur", "shuffled", "texture")
-OTHER = "other"  # whole other images: they bring rival evidence, so they are reported apart
-FROM_REFERENCE = ("phase", "shuffled", OTHER)  # drawn from other images of the data
-FROM_IMAGE = ("blur",)  # drawn from the explained image itself
+from .families import FROM_IMAGE, FROM_REFERENCE, HELD_OUT, OTHER, POOL, RANDOM, TRAINING
+
+__all__ = [
+    "FAMILIES",
+    "FROM_IMAGE",
+    "FROM_REFERENCE",
+    "GREY",
+    "HELD_OUT",
+    "OTHER",
+    "POOL",
+    "RANDOM",
+    "TRAINING",
+    "Backgrounds",
+    "draw_numbers",
+    "random_mixture",
+]
 GREY = (0.485, 0.456, 0.406)  # ImageNet's mean colour, the field's usual grey
 
 Family = Callable[[Tensor, Tensor, torch.Generator], Tensor]
@@ -140,7 +150,11 @@ def random_mixture(
     return out
 
 
-POOL = 16  # different draws of a family and purpose, unless more are asked for
+def draw_numbers(x: Tensor) -> Tensor:
+    """An image's own first draw, [B] in [0, 2^31): a weighted sum of its 8-bit values, which any runtime can repeat."""
+    values = (x * 255).round().long().flatten(1)
+    weights = torch.arange(values.shape[1], device=x.device) * 40503 % 65521
+    return ((values * weights).sum(1) % 2**31).cpu()
 
 
 class Backgrounds:
@@ -204,5 +218,6 @@ class Backgrounds:
                     if source.shape[2:] != x.shape[2:]:
                         source = F.interpolate(source, size=x.shape[2:], mode="bilinear", align_corners=False)
                 draws.append(FAMILIES[family](source, mean, rng))
-            self._pools[key] = torch.cat(draws)
+            # pictures, as images are: 8 bits, which an exported explainer carries exactly
+            self._pools[key] = torch.cat(draws).mul(255).round().div(255)
         return self._pools[key]

@@ -123,7 +123,7 @@ class Classifier:
     def logits(self, x: Tensor) -> Tensor:
         """Class scores [B, K] of x [B, C, H, W] in pixel space; differentiable in x."""
         with self.frozen():
-            return _scores(self.model(self._normalise(x)), self.model, len(x))
+            return _scores(self.model(self._normalise(x)), self.model, x.shape[0])
 
     def probabilities(self, x: Tensor) -> Tensor:
         """Softmax of the class scores, [B, K]."""
@@ -132,7 +132,7 @@ class Classifier:
     def features(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Class scores [B, K] and the taps' activations, each [B, C_l, positions...]; differentiable in x."""
         with self.frozen(), recording(self.model, self._taps) as outputs:
-            scores = _scores(self.model(self._normalise(x)), self.model, len(x))
+            scores = _scores(self.model(self._normalise(x)), self.model, x.shape[0])
             missing = [tap.name for tap in self._taps if tap.name not in outputs]
             if missing:
                 raise RequestError(
