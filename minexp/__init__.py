@@ -24,6 +24,7 @@ _HOME = {
     "Certificate": "certify",
     "Explanation": "explanation",
     "explain": "explanation",
+    "export": "deploy.export",
     "MinexpError": "errors",
     "RequestError": "errors",
     "VerifyError": "errors",
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from ._ops import KLTarget, activation_kl, edge_position_topk, edge_threshold, edge_topk, edge_total_topk
     from .certify import Certificate, Predicate
     from .classifier import Classifier, load_classifier
+    from .deploy.export import export
     from .errors import MinexpError, RequestError, VerifyError
     from .explanation import Explanation, explain
     from .masker import Masker, load_masker

@@ -75,13 +75,18 @@ def phase_scrambled(source: Tensor, mean: Tensor, rng: torch.Generator) -> Tenso
 
 def blurred(source: Tensor, mean: Tensor, rng: torch.Generator) -> Tensor:
     """The source under a Gaussian blur of 8–16 % of its shorter side."""
-    sigma = min(source.shape[2:]) * (0.08 + 0.08 * torch.rand((), generator=rng).item())
-    rows, columns = (_blur_matrix(n, sigma).to(source.device, source.dtype) for n in source.shape[2:])
+    rows, columns = (m.to(source.device, source.dtype) for m in blur_matrices(source.shape[2:], rng))
     return rows @ source @ columns.T
 
 
+def blur_matrices(size: Sequence[int], rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """[H,H] and [W,W]: what `blurred` multiplies rows and columns by; a product is faster than a wide convolution."""
+    sigma = min(size) * (0.08 + 0.08 * torch.rand((), generator=rng).item())
+    return _blur_matrix(size[0], sigma), _blur_matrix(size[1], sigma)
+
+
 def _blur_matrix(n: int, sigma: float) -> Tensor:
-    """[n,n]: Gaussian blur of n values, reflected at both ends; a product is faster than a wide convolution."""
+    """[n,n]: Gaussian blur of n values, reflected at both ends."""
     radius = min(math.ceil(3 * sigma), n - 1)
     offsets = torch.arange(-radius, radius + 1)
     kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
@@ -196,6 +201,16 @@ class Backgrounds:
                 rng = self._generator(family, purpose, int(number))
                 out[b, k] = FAMILIES[family](x[b : b + 1], mean, rng)[0]
         return out
+
+    def pool(self, family: str, x: Tensor, *, purpose: str, count: int) -> Tensor:
+        """The first ``count`` draws [count,C,H,W] of a shared family, for images like x [B,C,H,W]."""
+        return self._pool(family, x, purpose, count)
+
+    def blurs(self, size: Sequence[int], *, purpose: str, count: int) -> tuple[Tensor, Tensor]:
+        """Matrices [count,H,H] and [count,W,W] of the first draws of the family "blur" (`blur_matrices`)."""
+        pairs = [blur_matrices(size, self._generator("blur", purpose, n)) for n in range(count)]
+        rows, columns = zip(*pairs, strict=True)
+        return torch.stack(rows), torch.stack(columns)
 
     def _generator(self, family: str, purpose: str, number: int) -> torch.Generator:
         text = f"{self.seed}/{purpose}/{family}/{number}".encode()

@@ -49,6 +49,10 @@ class Predicate:
         """How many draws may fail."""
         return math.floor((1 - self.rho) * self.draws + 1e-9)
 
+    def stricter(self, factor: int) -> Predicate:
+        """The same predicate on that many times the draws."""
+        return replace(self, draws=self.draws * factor)
+
     def __str__(self) -> str:
         if self.kind == "top1":
             return "top-1 kept"
@@ -82,10 +86,9 @@ class Judge:
 
     def stricter(self, factor: int) -> Judge:
         """The same judge with that many times the draws."""
-        predicate = replace(self.predicate, draws=self.predicate.draws * factor)
         return Judge(
             self.classifier,
-            predicate,
+            self.predicate.stricter(factor),
             self.backgrounds,
             micro_batch=self.micro_batch,
             per_family=self.per_family,
