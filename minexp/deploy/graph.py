@@ -40,7 +40,7 @@ class Pictures:
 def masker_graph(masker: onnx.ModelProto, channels: int, threshold: float) -> onnx.ModelProto:
     """image uint8 [batch,height,width,C] → prob [batch,height,width], mask_bits, explanation (removed pixels black)."""
     image = argument(np.uint8, "batch", "height", "width", channels)
-    prob = call(masker, pixels(image)).squeeze(1)
+    prob = call(masker, pixels(image)).sigmoid().squeeze(1)
     kept = prob > threshold
     outputs = {"prob": prob, "mask_bits": packed(kept.reshape(0, -1))}
     outputs["explanation"] = where(kept.unsqueeze(3), image, 0)
@@ -149,7 +149,7 @@ class _Explainer:
         self.classifier = classifier
         self.table = _Table(plan, pictures)
         self.x = pixels(image)
-        self.p = call(masker, self.x)
+        self.p = call(masker, self.x).sigmoid()
         self.order = _local_order(self.p, plan.threshold, size).reshape(0, -1)
         self.ranked = self.order.sort_descending()
         self.start = _draw_numbers(image, size[0] * size[1] * len(pictures.colour))
@@ -248,8 +248,9 @@ class _Explainer:
         def column(values: npt.NDArray) -> Value:
             return constant(values).take(check)
 
-        shown = state.mask.take(image).reshape(-1, 1, h, w)
-        wide = shown.cast(np.float32).max_pool(3) > 0
+        grid = state.mask.reshape(-1, 1, h, w)
+        wide = (grid.cast(np.float32).max_pool(3) > 0).take(image)
+        shown = grid.take(image)
         for value, other in (("dilated", wide), ("complement", ~shown), ("image", shown | ~shown)):
             shown = where(column(table.where(shown=value)).reshape(-1, 1, 1, 1), other, shown)
         number = state.attempt.take(image) * self.plan.fresh + column(table.number)
@@ -311,7 +312,7 @@ class _Explainer:
         measured = at(CERTIFY)
         state.certified = where(measured, self._confirmed(state), state.certified)
         again = measured & state.holds & ~state.certified & (state.attempt < len(plan.draws) - 1)
-        enlarged = (state.mask.cast(np.int64).sum(1).cast(np.float32) * plan.enlarge).ceil().cast(np.int64)
+        enlarged = (_area(state.mask).cast(np.float32) * plan.enlarge).ceil().cast(np.int64)
         done = measured & ~again
         state.attempt = where(again, state.attempt + 1, state.attempt)
         begin = at(IMAGE) | again
@@ -324,7 +325,7 @@ class _Explainer:
         moved = grow | bisect_on | settled | whole | hopeless | again
         level = self.ranked.take_along((size - 1).clip(0).unsqueeze(1))
         state.mask = where(moved.unsqueeze(1), (self.order >= level) & (size > 0).unsqueeze(1), state.mask)
-        state.size = where(begin, state.mask.cast(np.int64).sum(1), size)
+        state.size = where(begin, _area(state.mask), size)
         level = level.squeeze(1)
         reached = where(at(FIRST) & ok & state.attempt.equals(0), constant(np.float32(plan.threshold)), level)
         state.threshold = where(end, reached, state.threshold)
@@ -350,6 +351,11 @@ class _Explainer:
         picks = (self.start.unsqueeze(1) + slots) % POOL
         rows, columns = (constant(matrix).take(picks).unsqueeze(2) for matrix in self.pictures.blur)
         return rows @ self.x.unsqueeze(1) @ columns.transpose(0, 1, 2, 4, 3)
+
+
+def _area(mask: Value) -> Value:
+    """Pixels [B] of masks [B,HW], counted in floats, which are exact so far and faster."""
+    return mask.cast(np.float32).sum(1).cast(np.int64)
 
 
 def _pairs(first: Value, second: Value) -> Value:

@@ -31,17 +31,6 @@ class _Scores(nn.Module):
         return self.classifier.logits(x)
 
 
-class _Probabilities(nn.Module):
-    """A masker: x → probability of keeping each pixel, [B,1,H,W]."""
-
-    def __init__(self, masker: Masker) -> None:
-        super().__init__()
-        self.masker = masker
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.sigmoid(self.masker(x))
-
-
 def classifier_network(classifier: Classifier) -> onnx.ModelProto:
     """x [batch,C,H,W] → scores [batch,K], normalisation inside; the size is the classifier's."""
     with classifier.frozen():
@@ -49,12 +38,12 @@ def classifier_network(classifier: Classifier) -> onnx.ModelProto:
 
 
 def masker_network(masker: Masker, size: tuple[int, int]) -> onnx.ModelProto:
-    """x [batch,C,height,width] → probabilities [batch,1,height,width] for any size; ``size`` is traced."""
+    """x [batch,C,height,width] → logits [batch,1,height,width] for any size; ``size`` is traced."""
     training = masker.training
     masker.eval()
     try:
         shape = (masker.architecture.channels, *size)
-        return _export(_Probabilities(masker), shape, dynamic=("batch", "height", "width"), output="prob")
+        return _export(masker, shape, dynamic=("batch", "height", "width"), output="logits")
     finally:
         masker.train(training)
 

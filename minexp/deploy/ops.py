@@ -126,6 +126,10 @@ class Value:
     def cumsum(self, axis: int) -> Value:
         return Value(op.cumsum(self.var, op.const(np.int64(axis))))
 
+    def sigmoid(self) -> Value:
+        """1/(1+e^-x). ONNX Runtime's own is inexact where it is small, and the repair ranks pixels there."""
+        return constant(np.float32(1)) / (Value(op.exp(op.neg(self.var))) + 1)
+
     def ceil(self) -> Value:
         return Value(op.ceil(self.var))
 

@@ -111,13 +111,25 @@ def quantised(network: onnx.ModelProto, calibration: npt.NDArray[np.float32]) ->
                 per_channel=True,
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
+                nodes_to_exclude=_last_layer(onnx.load(ready)),
             )
         except Exception as error:
             text = " ".join(str(error).split())[:200]
             raise RequestError(
                 f"ONNX Runtime cannot quantise this network ({text}); export it in float32"
             ) from error
-        return onnx.load(done)
+        model = onnx.load(done)
+    standard = [opset for opset in model.opset_import if not opset.domain]
+    del model.opset_import[:]  # the quantiser names domains that it does not use
+    model.opset_import.extend(standard)
+    return model
+
+
+def _last_layer(model: onnx.ModelProto) -> list[str]:
+    """Names of the last layer with weights and all behind it: their outputs are compared and ranked, so stay exact."""
+    nodes = list(model.graph.node)
+    last = max(place for place, node in enumerate(nodes) if node.op_type in ("Conv", "Gemm", "MatMul"))
+    return [node.name for node in nodes[last:]]
 
 
 @contextlib.contextmanager
