@@ -47,12 +47,14 @@ class Export(WithModel):
     def run(self) -> int:
         from ..certify import Predicate
         from ..deploy.export import export
+        from ..deploy.onnx_classifier import adopt_masker
         from ..masker import load_masker
 
         classifier = self.classifier()
+        load = adopt_masker if self.model.endswith(".onnx") else load_masker
         done = export(
             classifier,
-            load_masker(self.masker, classifier),
+            load(self.masker, classifier),
             self.out,
             images=self._images(classifier.preprocessing),
             predicate=Predicate(self.predicate, rho=self.rho, draws=self.draws, tau=self.tau),

@@ -17,6 +17,7 @@ from ..classifier import Classifier
 from ..errors import RequestError
 from ..masker import Masker
 from ..specs import one_line
+from .onnx_classifier import OnnxModule
 from .ops import OPSET
 
 
@@ -33,6 +34,8 @@ class _Scores(nn.Module):
 
 def classifier_network(classifier: Classifier) -> onnx.ModelProto:
     """x [batch,C,H,W] → scores [batch,K], normalisation inside; the size is the classifier's."""
+    if isinstance(classifier.model, OnnxModule):
+        return classifier.model.network(classifier.preprocessing)
     with classifier.frozen():
         return _export(_Scores(classifier), classifier.input_shape, dynamic=("batch",), output="scores")
 
