@@ -24,6 +24,7 @@ _HOME = {
     "Certificate": "certify",
     "Explanation": "explanation",
     "explain": "explanation",
+    "export": "deploy.export",
     "MinexpError": "errors",
     "RequestError": "errors",
     "VerifyError": "errors",
@@ -42,6 +43,7 @@ if TYPE_CHECKING:  # "as": exported, for type checkers
     from .certify import Predicate as Predicate
     from .classifier import Classifier as Classifier
     from .classifier import load_classifier as load_classifier
+    from .deploy.export import export as export
     from .errors import MinexpError as MinexpError
     from .errors import RequestError as RequestError
     from .errors import VerifyError as VerifyError

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import math
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backgrounds import HELD_OUT, OTHER, POOL, RANDOM, Backgrounds
+from .backgrounds import HELD_OUT, OTHER, POOL, RANDOM, Backgrounds, draw_numbers
+from .certificate import Certificate, Measured, write_certificate
 from .classifier import Classifier
 from .errors import RequestError
-from .intervals import wilson
 from .microbatch import MicroBatch
-from .regions import border_share, components
+
+__all__ = ["PER_FAMILY", "Certificate", "Judge", "Predicate"]
 
 PER_FAMILY = 5  # certificate draws a family
 
@@ -53,6 +51,10 @@ class Predicate:
         """How many draws may fail."""
         return math.floor((1 - self.rho) * self.draws + 1e-9)
 
+    def stricter(self, factor: int) -> Predicate:
+        """The same predicate on that many times the draws."""
+        return replace(self, draws=self.draws * factor)
+
     def claim(self, kept: str = "top-1 kept") -> str:
         """What it asks, in words; `kept` says when the decision is kept."""
         if self.kind == "top1":
@@ -63,54 +65,6 @@ class Predicate:
 
     def __str__(self) -> str:
         return self.claim()
-
-
-@dataclass(frozen=True)
-class Certificate:
-    """What was measured of one hard mask; names and meaning as in the store's columns.
-
-    Shares are in [0, 1]; each robust share comes with its 95 % Wilson interval and number of draws.
-    ``certified``: the predicate holds and fresh draws do not contradict it; ``reason`` says why not.
-    ``families``: robust share by background family.
-    """
-
-    certified: bool
-    reason: str | None
-    label: int
-    label_name: str
-    conf: float
-    label_masked: int
-    conf_masked: float
-    conf_complement: float
-    conf_empty: float
-    kept: bool
-    area: float
-    components: int
-    border_share: float
-    threshold: float
-    robust_train: float
-    robust_train_low: float
-    robust_train_high: float
-    robust_train_n: int
-    robust_heldout: float
-    robust_heldout_low: float
-    robust_heldout_high: float
-    robust_heldout_n: int
-    robust_other: float | None
-    robust_other_n: int
-    dilation_kept: bool
-    minimal_at: int | None
-    predicate: str
-    evaluations: int
-    families: str
-
-    def __str__(self) -> str:
-        verdict = "certified" if self.certified else "NOT certified"
-        return (
-            f"{self.label_name} · keeps {self.area:.1%} of the pixels · p {self.conf:.2f} → {self.conf_masked:.2f} · "
-            f"robust {self.robust_train:.2f} [{self.robust_train_low:.2f}, {self.robust_train_high:.2f}] · "
-            f"held-out {self.robust_heldout:.2f} · {verdict}: {self.predicate}"
-        )
 
 
 class Judge:
@@ -135,10 +89,9 @@ class Judge:
 
     def stricter(self, factor: int) -> Judge:
         """The same judge with that many times the draws."""
-        predicate = replace(self.predicate, draws=self.predicate.draws * factor)
         return Judge(
             self.classifier,
-            predicate,
+            self.predicate.stricter(factor),
             self.backgrounds,
             micro_batch=self.micro_batch,
             per_family=self.per_family,
@@ -222,12 +175,13 @@ class Judge:
         holds: Tensor,
         threshold: Tensor,
         evaluations: Tensor,
-        purpose: str = "certificate",
+        first: int = 0,
     ) -> list[Certificate]:
         """Measure hard masks [B,1,H,W] of x, on fresh draws that the predicate has never seen.
 
         logits: scores of the whole images; holds, threshold, evaluations [B]: what led to the masks. A robust
-        predicate is contradicted where the Wilson interval of the fresh draws lies below rho.
+        predicate is contradicted where the Wilson interval of the fresh draws lies below rho. ``first``: number of
+        an image's first draw of a family, so that masks certified one after the other meet different ones.
         """
         target, default = self.target, self.backgrounds.default(x)
         decision, labels = target.decide(logits), target.label(logits).tolist()
@@ -239,72 +193,35 @@ class Judge:
         families = [*RANDOM, *HELD_OUT]
         if self.backgrounds.reference is not None:
             families.append(OTHER)
-        start = torch.tensor([zlib.crc32(image.tobytes()) for image in _bytes(x)])
+        start = draw_numbers(x)
         draws: list[tuple[str, int | Tensor]] = [
-            (family, start % 2**31 + number) for family in families for number in range(self.per_family)
+            (family, start + first + number) for family in families for number in range(self.per_family)
         ]
-        kept = self._kept_on(x, decision, mask, draws, purpose).view(len(x), len(families), -1).cpu()
+        kept = self._kept_on(x, decision, mask, draws, "certificate").view(len(x), len(families), -1).cpu()
         spent = 4 + len(draws)  # f(x), the three probes, the draws
         probes = (logits, masked, complement, self.empty(x).expand_as(logits))
         confidences = [target.confidence(scores, decision).tolist() for scores in probes]
         same_as, dilated_as = (target.kept(scores, decision).tolist() for scores in (masked, wider))
         labels_masked = target.label(masked).tolist()
+        rho = self.predicate.rho if self.predicate.kind == "robust" else None
         rows = []
         for b, y in enumerate(labels):
             conf, conf_masked, conf_complement, conf_empty = (values[b] for values in confidences)
-            same = same_as[b]
-            by_family = {"mean": float(same)} | dict(
-                zip(families, kept[b].float().mean(1).tolist(), strict=True)
+            measured = Measured(
+                mask=mask[b, 0].cpu().numpy(),
+                label=y,
+                label_name=target.name(logits[b], self.classifier.class_names),
+                conf=conf,
+                label_masked=labels_masked[b],
+                conf_masked=conf_masked,
+                conf_complement=conf_complement,
+                conf_empty=conf_empty,
+                kept=same_as[b],
+                dilation_kept=dilated_as[b],
+                holds=bool(holds[b]),
+                threshold=float(threshold[b]),
+                evaluations=int(evaluations[b]) + spent,
+                kept_on=dict(zip(families, kept[b].tolist(), strict=True)),
             )
-            train = _share([kept[b, families.index(f)] for f in RANDOM])
-            held = _share([kept[b, families.index(f)] for f in HELD_OUT])
-            other = _share([kept[b, families.index(OTHER)]]) if OTHER in families else (None, 0.0, 1.0, 0)
-            plain = mask[b, 0].cpu().numpy()
-            reason = None
-            if not holds[b]:
-                reason = f"the predicate fails even for the whole image: {self.claim}"
-            elif self.predicate.kind == "robust" and train[2] < self.predicate.rho:
-                reason = f"fresh backgrounds contradict it: robust {train[0]:.2f}, at most {train[2]:.2f}"
-            rows.append(
-                Certificate(
-                    certified=reason is None,
-                    reason=reason,
-                    label=y,
-                    label_name=target.name(logits[b], self.classifier.class_names),
-                    conf=conf,
-                    label_masked=labels_masked[b],
-                    conf_masked=conf_masked,
-                    conf_complement=conf_complement,
-                    conf_empty=conf_empty,
-                    kept=same,
-                    area=float(plain.mean()),
-                    components=components(plain),
-                    border_share=border_share(plain),
-                    threshold=float(threshold[b]),
-                    robust_train=train[0],
-                    robust_train_low=train[1],
-                    robust_train_high=train[2],
-                    robust_train_n=train[3],
-                    robust_heldout=held[0],
-                    robust_heldout_low=held[1],
-                    robust_heldout_high=held[2],
-                    robust_heldout_n=held[3],
-                    robust_other=other[0],
-                    robust_other_n=other[3],
-                    dilation_kept=dilated_as[b],
-                    minimal_at=None,
-                    predicate=self.claim,
-                    evaluations=int(evaluations[b]) + spent,
-                    families=json.dumps({k: round(v, 4) for k, v in by_family.items()}),
-                )
-            )
+            rows.append(write_certificate(measured, self.claim, rho))
         return rows
-
-
-def _bytes(x: Tensor) -> Iterator[np.ndarray]:
-    yield from (x * 255).round().to(torch.uint8).cpu().numpy()
-
-
-def _share(draws: list[Tensor]) -> tuple[float, float, float, int]:
-    hits, n = sum(int(d.sum()) for d in draws), sum(d.numel() for d in draws)
-    return (hits / n, *wilson(hits, n), n)

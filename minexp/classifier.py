@@ -161,7 +161,7 @@ class Classifier:
     def logits(self, x: Tensor) -> Tensor:
         """Class scores [B, K] of x [B, C, H, W] in pixel space; differentiable in x."""
         with self.frozen():
-            return self._scores(self._call(x), len(x))
+            return self._scores(self._call(x), x.shape[0])
 
     def probabilities(self, x: Tensor) -> Tensor:
         """Softmax of the class scores, [B, K]."""
@@ -173,7 +173,7 @@ class Classifier:
         Differentiable in x. `layouts[l].spatial(features[l])` is the map of a transformer's image tokens.
         """
         with self.frozen(), recording(self.model, self._taps) as outputs:
-            scores = self._scores(self._call(x), len(x))
+            scores = self._scores(self._call(x), x.shape[0])
             missing = [tap.name for tap in self._taps if tap.name not in outputs]
             if missing:
                 raise RequestError(

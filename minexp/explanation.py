@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -15,7 +15,6 @@ from torch import Tensor
 from .backgrounds import GREY, Backgrounds
 from .certify import Certificate, Judge, Predicate
 from .classifier import Classifier
-from .data.store import pack_mask
 from .errors import MinexpError, RequestError
 from .masker import Masker
 from .microbatch import MicroBatch
@@ -62,24 +61,10 @@ class Explanation:
 
     def rows(self) -> list[dict[str, Any]]:
         """One row an image with the store's columns, but for where the image came from."""
-        rows = []
-        for mask, certificate in zip(self.masks.cpu().numpy(), self.certificates, strict=True):
-            row = asdict(certificate)
-            certified = row.pop("certified")
-            reason = row.pop("reason")
-            row["robust_families"] = row.pop("families")
-            packed = pack_mask(mask)
-            row |= {
-                "status": "certified" if certified else "uncertified",
-                "error": reason,
-                "ms": self.milliseconds,
-                "h": mask.shape[0],
-                "w": mask.shape[1],
-                "mask": packed,
-                "mask_crc32": zlib.crc32(packed),
-            }
-            rows.append(row)
-        return rows
+        return [
+            certificate.row(mask, self.milliseconds)
+            for mask, certificate in zip(self.masks.cpu().numpy(), self.certificates, strict=True)
+        ]
 
     def __repr__(self) -> str:
         if len(self) == 1:
@@ -257,7 +242,7 @@ def _enlarge(
         holds=larger.holds,
         threshold=larger.threshold,
         evaluations=spent,
-        purpose=f"certificate {attempt + 1}",
+        first=attempt * judge.per_family,
     )
     for b, certificate in zip(again, new, strict=True):
         certificates[b] = certificate

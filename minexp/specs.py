@@ -28,7 +28,7 @@ def build(spec: str, *, num_classes: int | None, pretrained: bool, trust_model: 
     """
     suffix = Path(spec).suffix.lower()
     if suffix == ".onnx":
-        raise RequestError(f"{spec}: an ONNX file gives no gradients or activations to match; give {FORMS}")
+        return _onnx(spec)
     if suffix == ".pt2":
         return Built(_exported(spec, trust_model))
     kind, colon, name = spec.partition(":")
@@ -109,6 +109,13 @@ def _named_module(where: str, spec: str, what: str, forms: str) -> Any:
         ) from error
     finally:
         sys.path.remove(here)
+
+
+def _onnx(spec: str) -> Built:
+    from .deploy.onnx_classifier import OnnxModule, preprocessing_of
+
+    module = OnnxModule(spec)
+    return Built(module, preprocessing_of(module))
 
 
 def _exported(spec: str, trust_model: bool) -> nn.Module:

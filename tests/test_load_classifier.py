@@ -95,8 +95,8 @@ def test_a_file_that_fails_when_imported(tmp_path: Path) -> None:
     refused(f"{path}:net", "bad.py fails when imported .ModuleNotFoundError")
 
 
-def test_formats_without_gradients_or_that_run_code_are_refused_with_the_reason(tmp_path: Path) -> None:
-    refused("model.onnx", "ONNX file gives no gradients")
+def test_formats_that_run_code_are_refused_with_the_reason(tmp_path: Path) -> None:
+    refused("model.onnx", "model.onnx is not there")
     refused("model.pt2", "runs code.*--trust-model")
     refused("model.pt2", "could not be loaded", trust_model=True)
     net = nn.Sequential(
