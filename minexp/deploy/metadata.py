@@ -81,10 +81,18 @@ class About:
                 precision=str(fields.pop("precision")),
                 extra=fields,
             )
-        except (KeyError, ValueError, TypeError, AttributeError, RequestError) as error:
+        except _UNREADABLE as error:
+            why = f"{type(error).__name__}: {str(error)[:200]}"
             raise RequestError(
-                f"{path}: its metadata is not an explainer's ({type(error).__name__}: {error}); export it again"
+                f"{path}: its metadata is not an explainer's ({why}); export it again"
             ) from error
+
+
+# Whatever JSON of the wrong shape leads to.
+_UNREADABLE = (
+    *(KeyError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError),
+    RequestError,
+)
 
 
 def sealed(model: bytes) -> bytes:

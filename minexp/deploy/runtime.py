@@ -147,7 +147,7 @@ class Explainer:
 
     def warm_up(self, batch: int = 1) -> None:
         """Run once on grey images, so that the first real call is as fast as the next ones."""
-        self.run(np.full((batch, *self.input_shape), 128, np.uint8))
+        self.explain(np.full((batch, *self.input_shape), 128, np.uint8))
 
     def run(self, images: Pixels) -> dict[str, npt.NDArray]:
         """The graph's outputs for uint8 images [B,H,W,C] of the explainer's own size."""
@@ -188,6 +188,11 @@ class Explainer:
         if not np.isfinite(out["conf"]).all():
             raise MinexpError(
                 "the classifier gives NaN or infinite scores; check its weights, and that mean and std are its own"
+            )
+        if not (out["label"].min() >= 0 and out["label"].max() < len(self.class_names)):
+            raise RequestError(
+                f"{self.path}: names {len(self.class_names)} classes and gives class {out['label'].max()}; "
+                "export it again"
             )
         h, w, _ = self.input_shape
         masks = np.stack([unpack_mask(bits.tobytes(), h, w) for bits in out["mask_bits"]])
