@@ -252,7 +252,7 @@ def mutated(model: Model, rng: random.Random) -> Model:
 
 
 def test_300_mutated_files_crash_and_hang_nothing(tmp_path: Path, good: Model) -> None:
-    """Half of them damaged bytes, half changed structures under a valid seal; in a process with limits."""
+    """250 with damaged bytes, half of them sealed again, and 50 of a changed structure; in a process with limits."""
     rng, content = random.Random(0), exported().explainer.read_bytes()
     paths = []
     for number in range(300):
