@@ -55,12 +55,13 @@ class Exported:
     @property
     def explainer(self) -> Path:
         """The file that explains."""
-        return next(path for path in self.files if path.suffix == ".onnx" and "masker" not in str(path.name))
+        return next(p for p in self.files if p.name == "explainer.onnx" or p.parts[-3] == "minexp_explainer")
 
     def summary(self) -> dict[str, Any]:
         """The keys of `minexp export --json`."""
         out = {
             "files": [str(path) for path in self.files],
+            "explainer": str(self.explainer),
             "opset": self.opset,
             "precision": "float32" if self.cost is None else "int8",
             "parity_images": self.parity.images,
