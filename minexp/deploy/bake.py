@@ -18,8 +18,8 @@ from .plan import Plan
 THRESHOLD = 0.5
 
 
-def make_plan(predicate: Predicate, *, fresh: int) -> Plan:
-    """The stages of a fast explanation; fresh: certificate draws a family."""
+def make_plan(predicate: Predicate, kept: str, *, fresh: int) -> Plan:
+    """The stages of a fast explanation; kept: the target in words; fresh: certificate draws a family."""
     attempts = range(RETRIES + 1)
     robust = predicate.kind == "robust"
     stricter = [predicate.stricter(2**attempt) for attempt in attempts]
@@ -36,7 +36,7 @@ def make_plan(predicate: Predicate, *, fresh: int) -> Plan:
         growth=STEP_UP,
         bisections=BISECTIONS,
         enlarge=GROW,
-        texts=tuple(map(str, stricter)),
+        texts=tuple(p.claim(kept) for p in stricter),
     )
 
 

@@ -26,6 +26,7 @@ from ..data.store import unpack_mask
 from ..errors import RequestError
 from ..explanation import Explanation, explain, make_backgrounds
 from ..masker import Masker
+from ..targets import Binary, Target
 from ..weights import state_digest
 from .bake import make_pictures, make_plan
 from .graph import explainer_graph, masker_graph
@@ -157,7 +158,13 @@ class Draft:
         seed: int,
     ) -> Draft:
         backgrounds = make_backgrounds(classifier, masker, background=background, seed=seed)
-        plan = make_plan(predicate, fresh=PER_FAMILY)
+        target = classifier.target
+        if type(target) not in (Target, Binary):
+            raise RequestError(
+                f"an explainer file answers for the class with the highest score, not for '{target}'; load the "
+                "classifier without --target"
+            )
+        plan = make_plan(predicate, str(target), fresh=PER_FAMILY)
         return cls(classifier, masker, predicate, backgrounds, background, seed, plan)
 
     def networks(self) -> tuple[onnx.ModelProto, onnx.ModelProto]:
