@@ -245,11 +245,12 @@ def _hoist(graph: onnx.GraphProto) -> None:
         changing = {value.name for value in body.input}
         moving: set[str] = set()
         for node in body.node:
-            if node.output[0] not in constants and changing.isdisjoint(node.input):
-                if not constants.issuperset(filter(None, node.input)):
-                    moving |= {node.output[0], *constants.intersection(node.input)}
+            if node.output[0] in constants:
+                continue
+            if changing.isdisjoint(node.input) and not constants.issuperset(filter(None, node.input)):
+                moving |= {*node.output, *constants.intersection(node.input)}
             else:
-                changing.update(set(node.output) - constants)
+                changing.update(node.output)
         moved = [node for node in body.node if node.output[0] in moving]
         for node in reversed(moved):
             graph.node.insert(place, node)
