@@ -37,11 +37,18 @@ def timm_model(name: str, **options: object) -> Callable[[], nn.Module]:
     return build
 
 
+def efficientnet() -> nn.Module:
+    from torchvision.models.efficientnet import EfficientNet, MBConvConfig
+
+    blocks = [MBConvConfig(1, 3, 1, 16, 8, 1), MBConvConfig(4, 3, 2, 8, 16, 1)]
+    return EfficientNet(blocks, dropout=0.1, num_classes=CLASSES)
+
+
 VIT = {"img_size": SIZE, "patch_size": 8, "depth": 2}
 FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "ResNet": timm_model("resnet10t"),
     "MobileNet (depthwise)": timm_model("mobilenetv3_small_050"),
-    "EfficientNet": timm_model("tinynet_e"),
+    "EfficientNet (squeeze-excitation)": efficientnet,
     "DenseNet": torchvision_model("DenseNet", growth_rate=8, block_config=(2, 2, 2), num_init_features=16),
     "ShuffleNet (channel shuffle)": torchvision_model("shufflenet_v2_x0_5"),
     "ConvNeXt (layer norm)": timm_model("convnext_atto", depths=(1, 1, 1, 1)),

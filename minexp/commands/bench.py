@@ -18,7 +18,7 @@ class Bench(Command):
 
     example = "minexp bench explain"
 
-    suite: Positional[Literal["kernels", "explain"]]
+    suite: Positional[Literal["kernels", "explain", "deploy"]]
     """What to time."""
 
     def run(self) -> int:

@@ -45,7 +45,8 @@ def make_pictures(
 ) -> Pictures:
     """The plan's backgrounds for images of ``shape`` (C,H,W); empty: class probabilities of the default one."""
     like = torch.zeros(1, *shape)
-    drawn, first, count = [], {}, 0
+    colour = (backgrounds.default(like).reshape(-1) * 255).round().to(torch.uint8).numpy()
+    drawn, first, count = [np.broadcast_to(colour[None, :, None, None], like.shape)], {}, 1
     for (purpose, family), draws in plan.pools.items():
         if family in FROM_IMAGE:
             continue
@@ -59,7 +60,7 @@ def make_pictures(
         count += draws
     rows, columns = backgrounds.blurs(shape[1:], purpose="certificate", count=POOL)
     return Pictures(
-        colour=backgrounds.default(like).reshape(-1).numpy(),
+        colour=colour,
         drawn=np.concatenate(drawn),
         first=first,
         blur=(rows.numpy(), columns.numpy()),

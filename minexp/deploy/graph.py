@@ -14,7 +14,7 @@ import numpy.typing as npt
 import onnx
 
 from ..families import FROM_IMAGE, POOL, RANDOM
-from .ops import Value, argument, build, call, constant, loop, pad_columns, where
+from .ops import Value, argument, build, call, choose, constant, loop, pad_columns, where
 from .plan import DEFAULT, Check, Plan
 
 # What an image waits for; a bisection is BISECT + its number.
@@ -25,12 +25,12 @@ IMAGE, FIRST, WHOLE, GROW, CERTIFY, DONE, BISECT = range(7)
 class Pictures:
     """The backgrounds of a job as an explainer carries them.
 
-    colour: [C] in [0,1], what removed pixels become by default. drawn: uint8 [N,C,H,W]; first: where the draws of
-    (purpose, family) begin in it. blur: matrices [POOL,H,H] and [POOL,W,W] that blur rows and columns, one pair a
-    draw. empty: class probabilities [K] of the default background alone.
+    colour: uint8 [C], what removed pixels become by default. drawn: uint8 [N,C,H,W], the first all of that colour;
+    first: where the draws of (purpose, family) begin in it. blur: matrices [POOL,H,H] and [POOL,W,W] that blur rows
+    and columns, one pair a draw. empty: class probabilities [K] of the default background alone.
     """
 
-    colour: npt.NDArray[np.float32]
+    colour: npt.NDArray[np.uint8]
     drawn: npt.NDArray[np.uint8]
     first: dict[tuple[str, str], int]
     blur: tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
@@ -162,7 +162,6 @@ class _Explainer:
         first = self.table.certificate
         kept = last.mask.reshape(0, h, w)
         drawn = last.outcome.columns(self.table.drawn, len(self.table.checks)).equals(1)
-        colour = np.round(self.pictures.colour * 255).astype(np.uint8)
         return {
             "label": last.label,
             "conf": prob.take(self.table.image, axis=1),
@@ -180,7 +179,7 @@ class _Explainer:
             "evaluations": last.spent,
             "mask_bits": packed(last.mask),
             "prob": self.p.squeeze(1),
-            "explanation": where(kept.unsqueeze(3), self.image, constant(colour)),
+            "explanation": where(kept.unsqueeze(3), self.image, constant(self.pictures.colour)),
         }
 
     def _share(self, drawn: Value, families: list[str]) -> Value:
@@ -248,25 +247,31 @@ class _Explainer:
         def column(values: npt.NDArray) -> Value:
             return constant(values).take(check)
 
-        grid = state.mask.reshape(-1, 1, h, w)
-        wide = (grid.cast(np.float32).max_pool(3) > 0).take(image)
-        shown = grid.take(image)
-        for value, other in (("dilated", wide), ("complement", ~shown), ("image", shown | ~shown)):
-            shown = where(column(table.where(shown=value)).reshape(-1, 1, 1, 1), other, shown)
         number = state.attempt.take(image) * self.plan.fresh + column(table.number)
-        fresh = column(table.fresh)
-        drawn = where(fresh, (self.start.take(image) + number) % POOL, column(table.number))
-        background = constant(self.pictures.drawn).take(column(table.row) + drawn).cast(np.float32) / 255
-        if self.blurred is not None:
-            slot = where(column(table.where(background=FROM_IMAGE[0])), number, 0)
-            blurred = self.blurred.at(_pairs(image, slot))
-            background = where(
-                column(table.where(background=FROM_IMAGE[0])).reshape(-1, 1, 1, 1), blurred, background
-            )
-        colour = constant(self.pictures.colour.reshape(1, -1, 1, 1))
-        default = column(table.where(background=DEFAULT)).reshape(-1, 1, 1, 1)
-        background = where(default, colour, background)
-        scores = call(self.classifier, where(shown, self.x.take(image), background))
+        drawn = where(column(table.fresh), (self.start.take(image) + number) % POOL, column(table.number))
+        pictures = constant(self.pictures.drawn).take(column(table.row) + drawn).cast(np.float32) / 255
+        masks = state.mask.reshape(-1, 1, h, w)
+
+        def usual() -> list[Value]:
+            return [masks.take(image), pictures]
+
+        def special() -> list[Value]:
+            """Checks that show something else than the mask, or blur the image: few, and dear."""
+            shown = masks.take(image)
+            wide = (masks.cast(np.float32).max_pool(3) > 0).take(image)
+            for value, other in (("dilated", wide), ("complement", ~shown), ("image", shown | ~shown)):
+                shown = where(column(table.where(shown=value)).reshape(-1, 1, 1, 1), other, shown)
+            if self.blurred is None:
+                return [shown, pictures]
+            blur = column(table.where(background=FROM_IMAGE[0]))
+            blurred = self.blurred.at(_pairs(image, where(blur, number, 0)))
+            return [shown, where(blur.reshape(-1, 1, 1, 1), blurred, pictures)]
+
+        rare = ~table.where(shown="mask") | table.where(background=FROM_IMAGE[0])
+        shown, background = choose(column(rare).any(0), special, usual)
+        kept, rest = shown.cast(np.float32), (~shown).cast(np.float32)
+        # products with 0 and 1 are exact, and faster than a choice
+        scores = call(self.classifier, self.x.take(image) * kept + background * rest)
         top = scores.argmax(1)
         first = check.equals(table.image)
         label = where(first, top, state.label.take(image))

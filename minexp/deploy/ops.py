@@ -209,6 +209,15 @@ def loop(
     return [Value(var).reshape(-1, *rest) for var, rest in zip(last, sides, strict=True)]
 
 
+def choose(
+    condition: Value, yes: Callable[[], Sequence[Value]], no: Callable[[], Sequence[Value]]
+) -> list[Value]:
+    """What one of two branches gives, which alone is computed; condition: one value."""
+    branches = [lambda branch=branch: [value.var for value in branch()] for branch in (yes, no)]
+    out = op.if_(condition.var, then_branch=branches[0], else_branch=branches[1])
+    return [Value(var) for var in out]
+
+
 def call(network: onnx.ModelProto, x: Value) -> Value:
     """The first output of a network of one input, its nodes becoming part of this graph."""
     (name,) = (value.name for value in network.graph.input)
@@ -238,20 +247,33 @@ def _hoist(graph: onnx.GraphProto) -> None:
     A network's weights stay inside: only there does ONNX Runtime lay them out for the CPU.
     """
     for place, loop_node in reversed(list(enumerate(graph.node))):
-        if loop_node.op_type != "Loop":
+        if loop_node.op_type == "Loop":
+            (body,) = _subgraphs(loop_node)
+            for node in reversed(_take_unchanging(body, {value.name for value in body.input})):
+                graph.node.insert(place, node)
+
+
+def _take_unchanging(graph: onnx.GraphProto, changing: set[str]) -> list[onnx.NodeProto]:
+    """Take out the nodes of a graph, and of its branches, that no name in ``changing`` reaches; in order."""
+    constants = {node.output[0] for node in graph.node if node.op_type == "Constant"}
+    given = {value.name for value in graph.output}  # a graph gives only what it computes itself
+    moving: set[str] = set()
+    taken: list[onnx.NodeProto] = []
+    for node in graph.node:
+        if node.output[0] in constants:
             continue
-        body = next(attribute.g for attribute in loop_node.attribute if attribute.name == "body")
-        constants = {node.output[0] for node in body.node if node.op_type == "Constant"}
-        changing = {value.name for value in body.input}
-        moving: set[str] = set()
-        for node in body.node:
-            if node.output[0] in constants:
-                continue
-            if changing.isdisjoint(node.input) and not constants.issuperset(filter(None, node.input)):
-                moving |= {*node.output, *constants.intersection(node.input)}
-            else:
-                changing.update(node.output)
-        moved = [node for node in body.node if node.output[0] in moving]
-        for node in reversed(moved):
-            graph.node.insert(place, node)
-            body.node.remove(node)
+        from_outside = not constants.issuperset(filter(None, node.input))
+        if changing.isdisjoint(node.input) and from_outside and given.isdisjoint(node.output):
+            moving |= {*node.output, *constants.intersection(node.input)}
+        else:
+            changing.update(node.output)
+            for branch in _subgraphs(node):
+                taken += _take_unchanging(branch, changing)
+    mine = [node for node in graph.node if node.output[0] in moving]
+    for node in mine:
+        graph.node.remove(node)
+    return mine + taken
+
+
+def _subgraphs(node: onnx.NodeProto) -> list[onnx.GraphProto]:
+    return [attribute.g for attribute in node.attribute if attribute.HasField("g")]

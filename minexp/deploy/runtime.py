@@ -26,7 +26,7 @@ PROVIDERS: dict[str, tuple[str, str]] = {
     "openvino": ("OpenVINOExecutionProvider", "onnxruntime-openvino"),
 }
 _FLOATS = ("conf", "conf_masked", "conf_complement", "conf_empty", "threshold", "robust_train", "area")
-BATCH = 32  # images a call: four evaluations of each at once stay in a CPU's cache
+BATCH = 8  # images a call: four evaluations of each at once stay in a CPU's cache
 
 
 @dataclass(frozen=True, eq=False)
