@@ -20,7 +20,7 @@ _HOME = {
     "Masker": "masker",
     "load_masker": "masker",
     "fit": "training",
-    "Predicate": "certify",
+    "Predicate": "predicate",
     "Certificate": "certify",
     "Explanation": "explanation",
     "explain": "explanation",
@@ -33,7 +33,7 @@ __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
     from ._ops import KLTarget, activation_kl, edge_position_topk, edge_threshold, edge_topk, edge_total_topk
-    from .certify import Certificate, Predicate
+    from .certify import Certificate
     from .classifier import Classifier, load_classifier
     from .errors import MinexpError, RequestError, VerifyError
     from .explanation import Explanation, explain

@@ -1,62 +1,26 @@
-"""The predicate an explanation has to satisfy, and the certificate of what it does satisfy."""
+"""The certificate of a mask: what it satisfies, measured on draws that no search has seen."""
 
 from __future__ import annotations
 
 import json
-import math
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .backgrounds import HELD_OUT, OTHER, POOL, RANDOM, Backgrounds
-from .classifier import Classifier
-from .errors import RequestError
+from .backgrounds import HELD_OUT, OTHER, RANDOM
 from .intervals import wilson
+from .judge import Judge, dilate
+from .predicate import Predicate
 from .regions import border_share, components
+from .repair import Masks
 
-PER_FAMILY = 5  # certificate draws a family
+__all__ = ["PER_FAMILY", "Certificate", "Predicate", "certify"]
 
-
-@dataclass(frozen=True)
-class Predicate:
-    """When does a mask explain a decision? A deterministic function of (image, mask) for one job's backgrounds.
-
-    kind "top1": argmax f(e) is the image's class on the default background; "score": p_y(e) ≥ tau;
-    "robust": top-1 kept and kept on at least the share ``rho`` of ``draws`` random backgrounds of the training
-    families (those of which two draws differ; the mean colour is the default background).
-    """
-
-    kind: Literal["top1", "score", "robust"] = "robust"
-    rho: float = 0.95
-    draws: int = 20
-    tau: float = 0.5
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("top1", "score", "robust"):
-            raise RequestError(f"unknown predicate {self.kind!r}; choose top1, score or robust")
-        if not (0 < self.rho <= 1 and 0 <= self.tau <= 1 and self.draws >= 1):
-            raise RequestError(
-                f"predicate with rho {self.rho}, tau {self.tau}, draws {self.draws}; "
-                "give 0 < rho ≤ 1, 0 ≤ tau ≤ 1, draws ≥ 1"
-            )
-
-    @property
-    def misses(self) -> int:
-        """How many draws may fail."""
-        return math.floor((1 - self.rho) * self.draws + 1e-9)
-
-    def __str__(self) -> str:
-        if self.kind == "top1":
-            return "top-1 kept"
-        if self.kind == "score":
-            return f"p >= {self.tau:g}"
-        return f"top-1 kept and robust >= {self.rho:g} on {self.draws} backgrounds"
+PER_FAMILY = 5  # draws a family
 
 
 @dataclass(frozen=True)
@@ -107,191 +71,84 @@ class Certificate:
         )
 
 
-def default_micro_batch(shape: tuple[int, int, int], device: str = "cpu") -> int:
-    """Images a classifier call: few enough to stay in a CPU's cache, enough to fill a GPU."""
-    pixels = shape[1] * shape[2]
-    return max(8, min(128, 2**18 // pixels)) if device == "cpu" else max(16, min(1024, 2**23 // pixels))
+@torch.no_grad()
+def certify(
+    judge: Judge,
+    x: Tensor,
+    logits: Tensor,
+    found: Masks,
+    *,
+    per_family: int = PER_FAMILY,
+    purpose: str = "certificate",
+) -> list[Certificate]:
+    """Measure the masks found for x [B,C,H,W], on fresh draws that the predicate has never seen.
 
-
-class Judge:
-    """A predicate bound to a classifier and a job's backgrounds: decides masks and writes certificates."""
-
-    def __init__(
-        self,
-        classifier: Classifier,
-        predicate: Predicate,
-        backgrounds: Backgrounds,
-        *,
-        micro_batch: int | None = None,
-        per_family: int = PER_FAMILY,
-    ) -> None:
-        self.classifier, self.predicate, self.backgrounds = classifier, predicate, backgrounds
-        self.micro_batch = micro_batch or default_micro_batch(classifier.input_shape, classifier.device.type)
-        self.per_family = per_family
-        self._empty: dict[torch.Size, Tensor] = {}
-
-    def stricter(self, factor: int) -> Judge:
-        """The same judge with that many times the draws."""
-        predicate = replace(self.predicate, draws=self.predicate.draws * factor)
-        return Judge(
-            self.classifier,
-            predicate,
-            self.backgrounds,
-            micro_batch=self.micro_batch,
-            per_family=self.per_family,
-        )
-
-    @torch.no_grad()
-    def logits(self, x: Tensor) -> Tensor:
-        """Class scores of x, a micro-batch at a time."""
-        scores = []
-        for part in x.split(self.micro_batch):
-            # kernels for one image round differently: it goes beside a copy, which no count of evaluations includes
-            together = part if len(part) > 1 else part.repeat(2, 1, 1, 1)
-            scores.append(self.classifier.logits(together)[: len(part)])
-        return torch.cat(scores)
-
-    @torch.no_grad()
-    def holds(self, x: Tensor, label: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Does the predicate hold for masks [B,1,H,W] (bool) of x? Returns ([B] bool, [B] classifier evaluations)."""
-        ok = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        spent = torch.ones(len(x), dtype=torch.long, device=x.device)
-        logits = self.logits(torch.where(mask, x, self.backgrounds.default(x)))
-        if self.predicate.kind == "score":
-            return logits.softmax(1).gather(1, label[:, None])[:, 0] >= self.predicate.tau, spent
-        ok = logits.argmax(1) == label
-        if self.predicate.kind == "top1":
-            return ok, spent
-        missed = torch.zeros_like(spent)
-        for first in range(0, self.predicate.draws, len(RANDOM)):
-            # a wave of one draw a family; images that can no longer pass are not asked again
-            alive = ok.nonzero().flatten()
-            if not len(alive):
-                break
-            numbers = range(first, min(first + len(RANDOM), self.predicate.draws))
-            pairs = [(RANDOM[n % len(RANDOM)], n // len(RANDOM)) for n in numbers]
-            pool = max(POOL, -(-self.predicate.draws // len(RANDOM)))  # no draw counts twice
-            kept = self._kept_on(x[alive], label[alive], mask[alive], pairs, "predicate", pool)
-            missed[alive] += (~kept).sum(1)
-            spent[alive] += len(pairs)
-            ok &= missed <= self.predicate.misses
-        return ok, spent
-
-    def _kept_on(
-        self,
-        x: Tensor,
-        label: Tensor,
-        mask: Tensor,
-        draws: Sequence[tuple[str, int | Tensor]],
-        purpose: str,
-        pool: int = POOL,
-    ) -> Tensor:
-        """[B, len(draws)]: is the class kept on each (family, number or numbers [B]) background?"""
-        kept = torch.empty(len(x), len(draws), dtype=torch.bool, device=x.device)
-        block = max(1, self.micro_batch // len(draws))
-        for part in torch.arange(len(x)).split(block):  # on the CPU: it indexes numbers there, too
-            filled = []
-            for family, number in draws:
-                picks = number[part] if isinstance(number, Tensor) else torch.full((len(part),), number)
-                background = self.backgrounds.draw(
-                    family, x[part], picks[:, None], purpose=purpose, pool=pool
-                )[:, 0]
-                filled.append(torch.where(mask[part], x[part], background))
-            predicted = self.logits(torch.cat(filled)).argmax(1).view(len(draws), len(part))
-            kept[part] = (predicted == label[part]).T
-        return kept
-
-    def empty(self, x: Tensor) -> Tensor:
-        """Class probabilities [K] of the default background alone; one evaluation a job."""
-        if x.shape[1:] not in self._empty:
-            blank = self.backgrounds.default(x).expand(1, *x.shape[1:])
-            self._empty[x.shape[1:]] = self.logits(blank).softmax(1)[0]
-        return self._empty[x.shape[1:]]
-
-    @torch.no_grad()
-    def certify(
-        self,
-        x: Tensor,
-        logits: Tensor,
-        mask: Tensor,
-        *,
-        holds: Tensor,
-        threshold: Tensor,
-        evaluations: Tensor,
-        purpose: str = "certificate",
-    ) -> list[Certificate]:
-        """Measure hard masks [B,1,H,W] of x, on fresh draws that the predicate has never seen.
-
-        logits: scores of the whole images; holds, threshold, evaluations [B]: what led to the masks. A robust
-        predicate is contradicted where the Wilson interval of the fresh draws lies below rho.
-        """
-        label, default = logits.argmax(1), self.backgrounds.default(x)
-        full = logits.softmax(1).gather(1, label[:, None])[:, 0]
-        dilated = F.max_pool2d(mask.float(), 3, 1, 1).bool()
-        probe = self.logits(torch.cat([torch.where(m, x, default) for m in (mask, ~mask, dilated)])).view(
-            3, len(x), -1
-        )
-        masked, complement, wider = probe.softmax(2)
-        families = [*RANDOM, *HELD_OUT]
-        if self.backgrounds.reference is not None:
-            families.append(OTHER)
-        start = torch.tensor([zlib.crc32(image.tobytes()) for image in _bytes(x)])
-        draws: list[tuple[str, int | Tensor]] = [
-            (family, start % 2**31 + number) for family in families for number in range(self.per_family)
-        ]
-        kept = self._kept_on(x, label, mask, draws, purpose).view(len(x), len(families), -1).cpu()
-        spent = 4 + len(draws)  # f(x), the three probes, the draws
-        empty = self.empty(x)
-        picked = [t.gather(1, label[:, None])[:, 0].tolist() for t in (masked, complement)]
-        rows = []
-        for b, y in enumerate(label.tolist()):
-            same = int(masked[b].argmax()) == y
-            by_family = {"mean": float(same)} | dict(
-                zip(families, kept[b].float().mean(1).tolist(), strict=True)
+    logits [B,K]: scores of the whole images; per_family: draws a family of backgrounds. A robust predicate is
+    contradicted where the Wilson interval of the fresh draws lies below rho.
+    """
+    mask, label, default = found.masks, logits.argmax(1), judge.backgrounds.default(x)
+    full = logits.softmax(1).gather(1, label[:, None])[:, 0]
+    probe = judge.logits(torch.cat([torch.where(m, x, default) for m in (~mask, dilate(mask))]))
+    complement, wider = probe.view(2, len(x), -1).softmax(2)
+    masked = found.scores.softmax(1)
+    families = [*RANDOM, *HELD_OUT]
+    if judge.backgrounds.reference is not None:
+        families.append(OTHER)
+    start = torch.tensor([zlib.crc32(image.tobytes()) for image in _bytes(x)])
+    draws: list[tuple[str, int | Tensor]] = [
+        (family, start % 2**31 + number) for family in families for number in range(per_family)
+    ]
+    kept = judge.kept_on(x, label, mask, draws, purpose).view(len(x), len(families), -1).cpu()
+    spent = 3 + len(draws)  # f(x), the two probes, the draws
+    empty = judge.empty(x)
+    picked = [t.gather(1, label[:, None])[:, 0].tolist() for t in (masked, complement)]
+    rows = []
+    for b, y in enumerate(label.tolist()):
+        same = int(masked[b].argmax()) == y
+        by_family = {"mean": float(same)} | dict(zip(families, kept[b].float().mean(1).tolist(), strict=True))
+        train = _share([kept[b, families.index(f)] for f in RANDOM])
+        held = _share([kept[b, families.index(f)] for f in HELD_OUT])
+        other = _share([kept[b, families.index(OTHER)]]) if OTHER in families else (None, 0.0, 1.0, 0)
+        plain = mask[b, 0].cpu().numpy()
+        reason = None
+        if not found.holds[b]:
+            reason = f"the predicate fails even for the whole image: {judge.predicate}"
+        elif judge.predicate.kind == "robust" and train[2] < judge.predicate.rho:
+            reason = f"fresh backgrounds contradict it: robust {train[0]:.2f}, at most {train[2]:.2f}"
+        rows.append(
+            Certificate(
+                certified=reason is None,
+                reason=reason,
+                label=y,
+                label_name=judge.classifier.class_names[y],
+                conf=float(full[b]),
+                label_masked=int(masked[b].argmax()),
+                conf_masked=picked[0][b],
+                conf_complement=picked[1][b],
+                conf_empty=float(empty[y]),
+                kept=same,
+                area=float(plain.mean()),
+                components=components(plain),
+                border_share=border_share(plain),
+                threshold=float(found.threshold[b]),
+                robust_train=train[0],
+                robust_train_low=train[1],
+                robust_train_high=train[2],
+                robust_train_n=train[3],
+                robust_heldout=held[0],
+                robust_heldout_low=held[1],
+                robust_heldout_high=held[2],
+                robust_heldout_n=held[3],
+                robust_other=other[0],
+                robust_other_n=other[3],
+                dilation_kept=int(wider[b].argmax()) == y,
+                minimal_at=int(found.minimal_at[b]) or None,
+                predicate=str(judge.predicate),
+                evaluations=int(found.evaluations[b]) + spent,
+                families=json.dumps({k: round(v, 4) for k, v in by_family.items()}),
             )
-            train = _share([kept[b, families.index(f)] for f in RANDOM])
-            held = _share([kept[b, families.index(f)] for f in HELD_OUT])
-            other = _share([kept[b, families.index(OTHER)]]) if OTHER in families else (None, 0.0, 1.0, 0)
-            plain = mask[b, 0].cpu().numpy()
-            reason = None
-            if not holds[b]:
-                reason = f"the predicate fails even for the whole image: {self.predicate}"
-            elif self.predicate.kind == "robust" and train[2] < self.predicate.rho:
-                reason = f"fresh backgrounds contradict it: robust {train[0]:.2f}, at most {train[2]:.2f}"
-            rows.append(
-                Certificate(
-                    certified=reason is None,
-                    reason=reason,
-                    label=y,
-                    label_name=self.classifier.class_names[y],
-                    conf=float(full[b]),
-                    label_masked=int(masked[b].argmax()),
-                    conf_masked=picked[0][b],
-                    conf_complement=picked[1][b],
-                    conf_empty=float(empty[y]),
-                    kept=same,
-                    area=float(plain.mean()),
-                    components=components(plain),
-                    border_share=border_share(plain),
-                    threshold=float(threshold[b]),
-                    robust_train=train[0],
-                    robust_train_low=train[1],
-                    robust_train_high=train[2],
-                    robust_train_n=train[3],
-                    robust_heldout=held[0],
-                    robust_heldout_low=held[1],
-                    robust_heldout_high=held[2],
-                    robust_heldout_n=held[3],
-                    robust_other=other[0],
-                    robust_other_n=other[3],
-                    dilation_kept=int(wider[b].argmax()) == y,
-                    minimal_at=None,
-                    predicate=str(self.predicate),
-                    evaluations=int(evaluations[b]) + spent,
-                    families=json.dumps({k: round(v, 4) for k, v in by_family.items()}),
-                )
-            )
-        return rows
+        )
+    return rows
 
 
 def _bytes(x: Tensor) -> Iterator[np.ndarray]:

@@ -5,25 +5,27 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .backgrounds import GREY, Backgrounds
-from .certify import Certificate, Judge, Predicate
+from .certify import PER_FAMILY, Certificate, certify
 from .classifier import Classifier
 from .data.store import pack_mask
 from .errors import MinexpError, RequestError
+from .judge import Judge
 from .masker import Masker
-from .refine import Refinement, refine
-from .repair import Masks, growth_order, local_order, threshold_masks
+from .minimise import Minimisation
+from .predicate import Predicate
+from .refine import Refinement
+from .search import EFFORTS, Effort, Search
 
-Effort = Literal["fast", "refined"]
+FRESH = {"fast": 1, "refined": PER_FAMILY, "minimal": PER_FAMILY}  # certificate draws a family
 RETRIES = 2  # enlargements of a mask that fresh draws contradict
-GROW = 1.1  # the least an enlarged mask gains
 
 
 @dataclass(frozen=True)
@@ -139,13 +141,17 @@ def explain(
     seed: int = 0,
     micro_batch: int | None = None,
     backgrounds: Backgrounds | None = None,
+    fresh: int | None = None,
     refinement: Refinement | None = None,
+    minimisation: Minimisation | None = None,
 ) -> Explanation:
     """Explain the top class of every image of x, float [B,C,H,W] in [0,1].
 
     effort "fast": the masker's mask, repaired where the predicate fails; "refined": optimised per image, from
-    the masker's output or, without a masker, from keep-all. A mask whose fresh draws contradict the predicate is
-    enlarged on more draws and certified anew. ``backgrounds`` are made once a job from ``seed``
+    the masker's output or, without a masker, from keep-all; "minimal": reduced until no single cell can go. What
+    tries many masks has to satisfy the predicate on more draws (search.REPEATS). A mask whose fresh draws contradict
+    the predicate is searched again with more draws and certified anew. fresh: draws a family in the certificate, by
+    default 1 for fast and 5 for the others. ``backgrounds`` are made once a job from ``seed``
     (make_backgrounds), so that the answer for an image does not depend on its batch; when given, they stand in for
     ``background``, ``reference`` and ``seed``.
     Raises MinexpError for scores that are not finite, RequestError for input that is not such a batch or a fast
@@ -153,8 +159,8 @@ def explain(
     """
     started = time.perf_counter()
     effort = ("refined" if masker is None else "fast") if effort is None else effort
-    if effort not in ("fast", "refined"):
-        raise RequestError(f"unknown effort {effort!r}; choose fast or refined")
+    if effort not in EFFORTS:
+        raise RequestError(f"unknown effort {effort!r}; choose {', '.join(EFFORTS[:-1])} or {EFFORTS[-1]}")
     if effort == "fast" and masker is None:
         raise RequestError("effort fast needs a masker; fit one with minexp.fit, or choose effort refined")
     _check(classifier, x)
@@ -170,6 +176,7 @@ def explain(
         backgrounds = make_backgrounds(
             classifier, masker, reference=reference, background=background, seed=seed
         )
+    fresh = FRESH[effort] if fresh is None else fresh
     judge = Judge(classifier, predicate or Predicate(), backgrounds, micro_batch=micro_batch)
     with classifier.frozen():
         logits = judge.logits(x)
@@ -177,95 +184,31 @@ def explain(
             raise MinexpError(
                 "the classifier gives NaN or infinite scores; check its weights, and that mean and std are its own"
             )
-        found, order = _find(judge, x, logits, masker, effort, refinement)
-        certificates = judge.certify(
-            x,
-            logits,
-            found.masks,
-            holds=found.holds,
-            threshold=found.threshold,
-            evaluations=found.evaluations,
-        )
+        search = Search(judge, x, logits, masker, effort, refinement, minimisation)
+        found = search.find()
+        certificates = certify(search.judge, x, logits, found, per_family=fresh)
         for attempt in range(1, RETRIES + 1):
+            # what fresh draws contradict is searched again with more draws, and certified on draws fresh again
             again = [b for b, c in enumerate(certificates) if found.holds[b] and not c.certified]
-            if again:
-                found = _enlarge(judge, x, logits, order, found, certificates, again, attempt)
-    spent = (time.perf_counter() - started) * 1000 / max(1, len(x))
-    return Explanation(found.masks[:, 0], x, backgrounds.default(x), tuple(certificates), spent)
-
-
-def _find(
-    judge: Judge,
-    x: Tensor,
-    logits: Tensor,
-    masker: Masker | None,
-    effort: Effort,
-    refinement: Refinement | None,
-) -> tuple[Masks, Tensor]:
-    """Masks that satisfy the predicate, and the order [B,1,H,W] in which pixels would join them."""
-    parts, orders = [], []
-    size = judge.micro_batch
-    for part, scores in zip(x.split(size), logits.split(size), strict=True):
-        label = scores.argmax(1)
-        p = None if masker is None else masker.probabilities(part)
-        if effort == "fast":
-            assert p is not None
-            p = local_order(p)
-            parts.append(threshold_masks(judge, part, label, p))
-            orders.append(p)
-            continue
-        numbers = torch.tensor([zlib.crc32(i.numpy().tobytes()) % 2**20 for i in part.cpu()])
-        refined = refine(
-            judge,
-            part,
-            refinement or Refinement(),
-            start=None if p is None else torch.logit(p, 1e-4),
-            numbers=numbers,
-        )
-        parts.append(refined)
-        orders.append(growth_order(refined.masks))
-    return Masks(
-        *(torch.cat([getattr(p, name) for p in parts]) for name in Masks.__annotations__)
-    ), torch.cat(orders)
-
-
-def _enlarge(
-    judge: Judge,
-    x: Tensor,
-    logits: Tensor,
-    order: Tensor,
-    found: Masks,
-    certificates: list[Certificate],
-    again: list[int],
-    attempt: int,
-) -> Masks:
-    """Grow masks whose fresh draws contradict the predicate, on more draws, and certify them on draws fresh again."""
-    index = torch.tensor(again, device=x.device)
-    size, scores = found.masks[index].flatten(1).sum(1), logits[index]
-    larger = threshold_masks(
-        judge.stricter(2**attempt),
-        x[index],
-        scores.argmax(1),
-        order[index],
-        at_least=(size * GROW).ceil().long(),
-    )
-    spent = (
-        torch.tensor([certificates[b].evaluations for b in again], device=x.device) + larger.evaluations - 1
-    )
-    new = judge.certify(
-        x[index],
-        scores,
-        larger.masks,
-        holds=larger.holds,
-        threshold=larger.threshold,
-        evaluations=spent,
-        purpose=f"certificate {attempt + 1}",
-    )
-    for b, certificate in zip(again, new, strict=True):
-        certificates[b] = certificate
-    masks, threshold = found.masks.clone(), found.threshold.clone()
-    masks[index], threshold[index] = larger.masks, larger.threshold
-    return Masks(masks, found.holds, threshold, found.evaluations)
+            if not again:
+                break
+            index = torch.tensor(again, device=x.device)
+            spent = torch.tensor([certificates[b].evaluations - 1 for b in again], device=x.device)
+            judge, larger = search.enlarge(index, found.masks[index], attempt)
+            larger = replace(larger, evaluations=larger.evaluations + spent)
+            found = found.put(index, larger)
+            new = certify(
+                judge,
+                x[index],
+                logits[index],
+                larger,
+                per_family=fresh,
+                purpose=f"certificate {attempt + 1}",
+            )
+            for b, certificate in zip(again, new, strict=True):
+                certificates[b] = certificate
+    milliseconds = (time.perf_counter() - started) * 1000 / max(1, len(x))
+    return Explanation(found.masks[:, 0], x, backgrounds.default(x), tuple(certificates), milliseconds)
 
 
 def _check(classifier: Classifier, x: Tensor) -> None:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backgrounds import FAMILIES, FROM_IMAGE, TRAINING
-from .certify import Judge
+from .judge import Judge
 from .masker import KEEP_ALL, straight_through
 from .objective import PRESETS, Objective, evaluate_terms, make_target
 from .repair import Masks, threshold_masks
@@ -117,8 +117,9 @@ def _adam(value: Tensor, gradient: Tensor, moments: list[Tensor], step: int, lr:
 
 def _tried(judge: Judge, x: Tensor, label: Tensor, p: Tensor) -> Masks:
     mask = p > 0.5
-    holds, spent = judge.holds(x, label, mask)
-    return Masks(mask, holds, torch.full((len(x),), 0.5, device=x.device), spent)
+    verdict = judge.holds(x, label, mask)
+    level = torch.full((len(x),), 0.5, device=x.device)
+    return Masks(mask, verdict.ok, level, verdict.spent, verdict.scores, torch.zeros_like(verdict.spent))
 
 
 def _keep_smaller(best: Masks | None, tried: Masks) -> Masks:
@@ -132,4 +133,6 @@ def _keep_smaller(best: Masks | None, tried: Masks) -> Masks:
         best.holds | tried.holds,
         torch.where(better, tried.threshold, best.threshold),
         best.evaluations + tried.evaluations,
+        torch.where(better[:, None], tried.scores, best.scores),
+        torch.where(better, tried.minimal_at, best.minimal_at),
     )

@@ -9,8 +9,9 @@ from tiny_models import one_thread as one_thread
 from trained_tiles import masker, share_inside, tiles
 
 from minexp.backgrounds import Backgrounds
-from minexp.certify import Judge, Predicate
+from minexp.judge import Judge
 from minexp.objective import Objective
+from minexp.predicate import Predicate
 from minexp.refine import Refinement, refine
 
 
