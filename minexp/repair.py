@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .judge import Judge, harder
 
-STEP_UP = 1.3  # a failing mask grows by this factor until it holds
+STEP_UP = 1.4  # a failing mask grows by this factor until it holds
 BISECTIONS = 3  # between the last size that failed and the first that held
 
 

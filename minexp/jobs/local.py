@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -18,13 +18,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import __version__
-from ..certify import Predicate
 from ..classifier import Classifier
 from ..data.sources import ImageSource, Item
 from ..data.store import MANIFEST, StoreWriter, read_store
 from ..errors import MinexpError, RequestError
 from ..explanation import explain, make_backgrounds
 from ..masker import Masker
+from ..minimise import Minimisation
+from ..predicate import Predicate
+from ..search import Effort
 from ..weights import state_digest
 
 Row = dict[str, Any]
@@ -39,7 +41,8 @@ def explain_dataset(
     out: str | Path,
     *,
     predicate: Predicate | None = None,
-    effort: Literal["fast", "refined"] = "fast",
+    effort: Effort = "fast",
+    minimisation: Minimisation | None = None,
     background: str = "mean",
     seed: int = 0,
     batch: int = 32,
@@ -56,7 +59,7 @@ def explain_dataset(
     `out` holds another job.
     """
     predicate = Predicate() if predicate is None else predicate
-    run = _describe(classifier, source, masker, predicate, effort, background, seed)
+    run = _describe(classifier, source, masker, predicate, effort, minimisation, background, seed)
     truths = _truths(source, classifier)
     started = time.perf_counter()
     # Made once: every image of the job, and of the job resumed, meets the same draws.
@@ -70,7 +73,15 @@ def explain_dataset(
 
     def call(x: Tensor) -> list[Row]:
         return list(
-            explain(classifier, x, masker, predicate=predicate, effort=effort, backgrounds=backgrounds).rows()
+            explain(
+                classifier,
+                x,
+                masker,
+                predicate=predicate,
+                effort=effort,
+                backgrounds=backgrounds,
+                minimisation=minimisation,
+            ).rows()
         )
 
     store = StoreWriter(out, run=run, rows_per_shard=ROWS_PER_SHARD, resume=resume)
@@ -176,6 +187,7 @@ def _describe(
     masker: Masker | None,
     predicate: Predicate,
     effort: str,
+    minimisation: Minimisation | None,
     background: str,
     seed: int,
 ) -> dict[str, Any]:
@@ -186,6 +198,7 @@ def _describe(
         "source": source.fingerprint(),
         "predicate": repr(predicate),
         "effort": effort,
+        **({} if minimisation is None else {"minimisation": repr(minimisation)}),
         "background": background,
         "seed": seed,
     }
