@@ -4,7 +4,8 @@ After Pandey, Vashisht and Ramaswamy, *On the Interpretability of Attention Netw
 tiles, one of which (a foreground class) decides the label. Attention classifiers and a plain CNN are the subjects; an
 explainer's mask takes the place of attention. Focus is true where the tile with most of the mask is the foreground one.
 Rows: focus true or false × prediction true or false (FTPT, FFPT, FTPF, FFPF), agreement with the truth and with the
-model (the tile whose removal costs the class most). `leak` trains on backgrounds that give the class away: a model that
+model: the tile is the one whose removal costs the class most (`occlusion`), and alone it keeps the class (`alone`),
+both exact. `leak` trains on backgrounds that give the class away: a model that
 looks at them is right for the wrong tile, and a faithful explainer has to say so.
 """
 
@@ -31,7 +32,7 @@ from minexp.refine import Refinement
 
 COLUMNS = (
     *("subject", "m", "accuracy", "explainer", "FTPT", "FFPT", "FTPF", "FFPF"),
-    *("truth", "model", "model_elsewhere", "elsewhere", "images", "seconds"),
+    *("truth", "occlusion", "alone", "elsewhere", "images", "seconds"),
 )
 GRIDS = {4: (2, 2), 9: (3, 3), 20: (4, 5), 50: (5, 10)}
 TILE = 8  # pixels
@@ -129,15 +130,11 @@ def subject(kind: str, m: int, *, leak: bool = False, steps: int = 500, seed: in
     for _ in range(steps):
         index = torch.randint(len(data.images), (128,), generator=rng)
         x = data.images[index]
-        # noise, and tiles greyed or recoloured at random: what removed pixels become is not foreign to the subject
-        x = torch.where(
-            torch.rand(128, 1, *data.shape, generator=rng)
-            .lt(0.1)
-            .repeat_interleave(TILE, 2)
-            .repeat_interleave(TILE, 3),
-            torch.rand(128, 3, 1, 1, generator=rng),
-            x,
-        )
+        # tiles greyed at random: what removed ones become is then not foreign to the subject
+        gone = torch.rand(128, m, generator=rng) < torch.rand(128, 1, generator=rng)
+        if not leak:  # what is left has to name the class
+            gone &= torch.arange(m) != data.tile[index, None]
+        x = torch.where(_spread(gone, data.shape), 0.5, x)
         x = (x + 0.05 * torch.rand(128, 1, 1, 1, generator=rng) * torch.randn(x.shape, generator=rng)).clamp(
             0, 1
         )
@@ -150,6 +147,11 @@ def subject(kind: str, m: int, *, leak: bool = False, steps: int = 500, seed: in
         optimiser.step()
         schedule.step()
     return model.eval()
+
+
+def _spread(tiles: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Pixels [N,1,H,W] of tiles [N,m]."""
+    return tiles.view(len(tiles), 1, *shape).repeat_interleave(TILE, 2).repeat_interleave(TILE, 3)
 
 
 def per_tile(maps: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -165,7 +167,7 @@ def attention_map(model: nn.Module, data: Mosaics, label: Tensor) -> Tensor:
 def occlusion(model: nn.Module, data: Mosaics, label: Tensor) -> Tensor:
     """Exact: what the class's log-probability loses when one tile takes the mean colour, [N,m]."""
     n, m = len(label), data.shape[0] * data.shape[1]
-    one = torch.eye(m).view(m, 1, *data.shape).repeat_interleave(TILE, 2).repeat_interleave(TILE, 3) > 0
+    one = _spread(torch.eye(m) > 0, data.shape)
     with torch.no_grad():
         whole = model(data.images).log_softmax(1).gather(1, label[:, None])
         lost = [
@@ -173,6 +175,17 @@ def occlusion(model: nn.Module, data: Mosaics, label: Tensor) -> Tensor:
             for tile in one
         ]
     return (whole - torch.cat(lost, 1)).view(n, m)
+
+
+def alone(model: nn.Module, data: Mosaics, label: Tensor) -> Tensor:
+    """Exact: does one tile keep the class when all others take the mean colour? Bool [N,m]."""
+    m = data.shape[0] * data.shape[1]
+    with torch.no_grad():
+        kept = [
+            model(torch.where(tile, data.images, 0.5)).argmax(1) == label
+            for tile in _spread(torch.eye(m) > 0, data.shape)
+        ]
+    return torch.stack(kept, 1)
 
 
 def gradient(model: nn.Module, data: Mosaics, label: Tensor) -> Tensor:
@@ -213,15 +226,15 @@ EXPLAINERS: dict[str, Callable[[nn.Module, Mosaics, Tensor], Tensor]] = {
 }
 
 
-def table(tiles: Tensor, data: Mosaics, predicted: Tensor, model_tile: Tensor) -> dict[str, float]:
+def table(
+    tiles: Tensor, data: Mosaics, predicted: Tensor, model_tile: Tensor, enough: Tensor
+) -> dict[str, float]:
     """Shares of images by focus and prediction, and agreement of the explainer's top tile; tiles [N,m]."""
     focus = tiles.argmax(1)
     true, right = focus == data.tile, predicted == data.labels
-    elsewhere = model_tile != data.tile
-    follows = focus == model_tile
 
     def share(flags: Tensor) -> float:
-        return float(flags.float().mean()) if len(flags) else math.nan
+        return float(flags.float().mean())
 
     return {
         "FTPT": share(true & right),
@@ -229,9 +242,9 @@ def table(tiles: Tensor, data: Mosaics, predicted: Tensor, model_tile: Tensor) -
         "FTPF": share(true & ~right),
         "FFPF": share(~true & ~right),
         "truth": share(true),
-        "model": share(follows),
-        "model_elsewhere": share(follows[elsewhere]),
-        "elsewhere": share(elsewhere),
+        "occlusion": share(focus == model_tile),
+        "alone": share(enough.gather(1, focus[:, None])[:, 0]),
+        "elsewhere": share(model_tile != data.tile),
     }
 
 
@@ -248,6 +261,7 @@ def measure(
             with torch.no_grad():
                 predicted = model(data.images).argmax(1)
             model_tile = occlusion(model, data, predicted).argmax(1)
+            enough = alone(model, data, predicted)
             name = f"{kind}, leak" if leak else kind
             about = {"subject": name, "m": m, "accuracy": float((predicted == data.labels).float().mean())}
             trained = time.perf_counter() - started
@@ -255,7 +269,7 @@ def measure(
                 if explainer == "attention" and kind == "cnn":
                     continue
                 started = time.perf_counter()
-                found = table(call(model, data, predicted), data, predicted, model_tile)
+                found = table(call(model, data, predicted), data, predicted, model_tile, enough)
                 seconds = time.perf_counter() - started
                 rows.append({**about, "explainer": explainer, **found, "images": images, "seconds": seconds})
             if not quiet:
