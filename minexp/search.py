@@ -17,7 +17,7 @@ from .repair import Masks, growth_order, local_order, threshold_masks
 Effort = Literal["fast", "refined", "minimal"]
 EFFORTS: tuple[Effort, ...] = ("fast", "refined", "minimal")
 # Sets of the predicate's draws that have to agree. One that tries many masks finds some that suit the draws by chance.
-REPEATS = {"fast": 1, "refined": 2, "minimal": 3}
+REPEATS = {"fast": 1, "refined": 2, "minimal": 6}
 # A masker's masks hold on average; a quarter more pixels spares most of them a repair, and evaluations with it.
 START = 1.25
 GROW = 1.1  # the least an enlarged mask gains
@@ -38,7 +38,7 @@ class Search:
     ) -> None:
         self.judge = judge.stricter(REPEATS[effort])
         self.x, self.label, self.masker, self.effort = x, logits.argmax(1), masker, effort
-        self.refinement = refinement or Refinement()
+        self.refinement = refinement or Refinement(steps=60 if effort == "minimal" else 120)
         self.minimisation = minimisation or Minimisation()
         self.order = torch.zeros_like(x[:, :1])
 
@@ -50,15 +50,15 @@ class Search:
     def _find(self, index: Tensor) -> Masks:
         x, label = self.x[index], self.label[index]
         p = None if self.masker is None else self.masker.probabilities(x)
-        if p is not None and self.effort != "refined":
+        if self.effort == "fast":
+            assert p is not None
             self.order[index] = local_order(p)
             least = ((p > 0.5).flatten(1).sum(1) * START).ceil().long()
-            found = threshold_masks(self.judge, x, label, self.order[index], at_least=least, bisections=0)
-        else:
-            numbers = torch.tensor([zlib.crc32(i.numpy().tobytes()) % 2**20 for i in x.cpu()])
-            start = None if p is None else torch.logit(p, 1e-4)
-            found = refine(self.judge, x, self.refinement, start=start, numbers=numbers)
-            self.order[index] = growth_order(found.masks)
+            return threshold_masks(self.judge, x, label, self.order[index], at_least=least, bisections=0)
+        numbers = torch.tensor([zlib.crc32(i.numpy().tobytes()) % 2**20 for i in x.cpu()])
+        start = None if p is None else torch.logit(p, 1e-4)
+        found = refine(self.judge, x, self.refinement, start=start, numbers=numbers)
+        self.order[index] = growth_order(found.masks)
         return self._reduce(self.judge, x, label, found)
 
     def _reduce(self, judge: Judge, x: Tensor, label: Tensor, found: Masks) -> Masks:
@@ -74,8 +74,6 @@ class Search:
         judge = self.judge.stricter(2**attempt)
         x, label = self.x[index], self.label[index]
         at_least = (masks.flatten(1).sum(1) * GROW).ceil().long()
-        order = self.order[index]
-        if self.effort == "minimal":  # from what was there before it was reduced
-            order = torch.where(masks, 1 + order, order)
+        order = torch.where(masks, 1 + self.order[index], self.order[index])
         larger = threshold_masks(judge, x, label, order, at_least=at_least, bisections=0)
         return judge, self._reduce(judge, x, label, larger)
