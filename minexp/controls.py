@@ -11,12 +11,14 @@ from .judge import Judge
 from .objective import make_target
 from .refine import Refinement, descend
 
+_SETTINGS = Refinement()
+
 
 def wrong_class(
     judge: Judge,
     x: Tensor,
     masks: Tensor,
-    settings: Refinement = Refinement(),
+    settings: Refinement = _SETTINGS,
     *,
     numbers: Tensor | None = None,
 ) -> Tensor:
@@ -35,8 +37,7 @@ def wrong_class(
         logits.scatter_(1, target.label[:, None], target.logits.gather(1, rival[:, None]))
         wrong = replace(target, label=rival, logits=logits)
         settings = replace(settings, objective=replace(settings.objective, act=0))
-        for p in descend(judge, x, wrong, settings, None, numbers):
-            pass
+        *_, p = descend(judge, x, wrong, settings, None, numbers)
         flat = p.flatten(1)
         rank = flat.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         mask = (rank < masks.flatten(1).sum(1, keepdim=True)).view_as(masks)

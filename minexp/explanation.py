@@ -20,6 +20,7 @@ from .errors import MinexpError, RequestError
 from .judge import Judge
 from .masker import Masker
 from .minimise import Minimisation
+from .objective import PRESETS, Match
 from .predicate import Predicate
 from .refine import Refinement
 from .search import EFFORTS, Effort, Search
@@ -144,14 +145,18 @@ def explain(
     fresh: int | None = None,
     refinement: Refinement | None = None,
     minimisation: Minimisation | None = None,
+    preset: str = "default",
+    match: Match | None = None,
 ) -> Explanation:
     """Explain the top class of every image of x, float [B,C,H,W] in [0,1].
 
     effort "fast": the masker's mask, repaired where the predicate fails; "refined": optimised per image, from
-    the masker's output or, without a masker, from keep-all; "minimal": reduced until no single cell can go. What
-    tries many masks has to satisfy the predicate on more draws (search.REPEATS). A mask whose fresh draws contradict
-    the predicate is searched again with more draws and certified anew. fresh: draws a family in the certificate, by
-    default 1 for fast and 5 for the others. ``backgrounds`` are made once a job from ``seed``
+    the masker's output or, without a masker, from keep-all; "minimal": reduced from there until no single cell can
+    go. What tries many masks has to satisfy the predicate on more draws (search.REPEATS). A mask whose fresh draws
+    contradict the predicate is searched again with more draws and certified anew. fresh: draws a family in the
+    certificate, by default 1 for fast and 5 for the others. preset, match: objective of the per-image search
+    (objective.PRESETS) and how it compares activations; "paper" is the published recipe, a network trained for every
+    image, whose masks are certified as they come. ``backgrounds`` are made once a job from ``seed``
     (make_backgrounds), so that the answer for an image does not depend on its batch; when given, they stand in for
     ``background``, ``reference`` and ``seed``.
     Raises MinexpError for scores that are not finite, RequestError for input that is not such a batch or a fast
@@ -161,6 +166,12 @@ def explain(
     effort = ("refined" if masker is None else "fast") if effort is None else effort
     if effort not in EFFORTS:
         raise RequestError(f"unknown effort {effort!r}; choose {', '.join(EFFORTS[:-1])} or {EFFORTS[-1]}")
+    if preset not in PRESETS:
+        raise RequestError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
+    if preset == "paper" and (masker is not None or effort != "refined"):
+        raise RequestError(
+            "preset paper trains a network for every image: leave the masker and the effort out"
+        )
     if effort == "fast" and masker is None:
         raise RequestError("effort fast needs a masker; fit one with minexp.fit, or choose effort refined")
     _check(classifier, x)
@@ -184,10 +195,10 @@ def explain(
             raise MinexpError(
                 "the classifier gives NaN or infinite scores; check its weights, and that mean and std are its own"
             )
-        search = Search(judge, x, logits, masker, effort, refinement, minimisation)
+        search = Search(judge, x, logits, masker, effort, refinement, minimisation, preset, match)
         found = search.find()
         certificates = certify(search.judge, x, logits, found, per_family=fresh)
-        for attempt in range(1, RETRIES + 1):
+        for attempt in range(1, RETRIES + 1 if preset != "paper" else 1):
             # what fresh draws contradict is searched again with more draws, and certified on draws fresh again
             again = [b for b, c in enumerate(certificates) if found.holds[b] and not c.certified]
             if not again:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import zlib
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from . import paper
 from .judge import Judge
 from .masker import Masker
 from .minimise import Minimisation, minimise
+from .objective import PRESETS, Match
 from .refine import Refinement, refine
 from .repair import Masks, growth_order, local_order, threshold_masks
 
@@ -35,10 +38,20 @@ class Search:
         effort: Effort,
         refinement: Refinement | None = None,
         minimisation: Minimisation | None = None,
+        preset: str = "default",
+        match: Match | None = None,
     ) -> None:
         self.judge = judge.stricter(REPEATS[effort])
         self.x, self.label, self.masker, self.effort = x, logits.argmax(1), masker, effort
-        self.refinement = refinement or Refinement(steps=60 if effort == "minimal" else 120)
+        self.published = None if preset != "paper" else PRESETS["paper"]
+        if refinement is None:
+            refinement = Refinement(steps=60 if effort == "minimal" else 120)
+            if preset == "kl":
+                refinement = replace(refinement, objective=replace(PRESETS[preset], soft=0.5))
+        if match is not None:
+            refinement = replace(refinement, objective=replace(refinement.objective, match=match))
+            self.published = self.published and replace(self.published, match=match)
+        self.refinement = refinement
         self.minimisation = minimisation or Minimisation()
         self.order = torch.zeros_like(x[:, :1])
 
@@ -55,6 +68,10 @@ class Search:
             self.order[index] = local_order(p)
             least = ((p > 0.5).flatten(1).sum(1) * START).ceil().long()
             return threshold_masks(self.judge, x, label, self.order[index], at_least=least, bisections=0)
+        if self.published is not None:
+            found = paper.optimise(self.judge, x, objective=self.published)
+            self.order[index] = growth_order(found.masks)
+            return found
         numbers = torch.tensor([zlib.crc32(i.numpy().tobytes()) % 2**20 for i in x.cpu()])
         start = None if p is None else torch.logit(p, 1e-4)
         found = refine(self.judge, x, self.refinement, start=start, numbers=numbers)

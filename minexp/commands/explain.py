@@ -25,6 +25,10 @@ class Explain(WithModel):
     effort: Literal["fast", "refined", "minimal"] | None = None
     """fast: the masker's mask, repaired; refined: optimised image by image (the default without a masker);
     minimal: reduced until no single cell can go."""
+    preset: Literal["default", "kl", "paper"] = "default"
+    """Objective where masks are optimised image by image; paper: the published recipe, a network for every image."""
+    match: Literal["kl", "mse", "cosine", "off"] | None = None
+    """How that objective compares activations, in place of the preset's way."""
     cell: int | None = None
     """With minimal: side of a cell in pixels, an 8th of the image by default."""
     max_evals: int | None = None
@@ -79,6 +83,8 @@ class Explain(WithModel):
                 self.predicate, rho=self.rho, draws=self.draws, tau=self.tau, dilated=self.dilated
             ),
             minimisation=minimisation,
+            preset=self.preset,
+            match=self.match,
             effort=self.effort or ("refined" if masker is None else "fast"),
             background=self.background,
             seed=self.seed,

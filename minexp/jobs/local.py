@@ -25,6 +25,7 @@ from ..errors import MinexpError, RequestError
 from ..explanation import explain, make_backgrounds
 from ..masker import Masker
 from ..minimise import Minimisation
+from ..objective import Match
 from ..predicate import Predicate
 from ..search import Effort
 from ..weights import state_digest
@@ -43,6 +44,8 @@ def explain_dataset(
     predicate: Predicate | None = None,
     effort: Effort = "fast",
     minimisation: Minimisation | None = None,
+    preset: str = "default",
+    match: Match | None = None,
     background: str = "mean",
     seed: int = 0,
     batch: int = 32,
@@ -59,7 +62,9 @@ def explain_dataset(
     `out` holds another job.
     """
     predicate = Predicate() if predicate is None else predicate
-    run = _describe(classifier, source, masker, predicate, effort, minimisation, background, seed)
+    run = _describe(
+        classifier, source, masker, predicate, effort, minimisation, preset, match, background, seed
+    )
     truths = _truths(source, classifier)
     started = time.perf_counter()
     # Made once: every image of the job, and of the job resumed, meets the same draws.
@@ -81,6 +86,8 @@ def explain_dataset(
                 effort=effort,
                 backgrounds=backgrounds,
                 minimisation=minimisation,
+                preset=preset,
+                match=match,
             ).rows()
         )
 
@@ -188,6 +195,8 @@ def _describe(
     predicate: Predicate,
     effort: str,
     minimisation: Minimisation | None,
+    preset: str,
+    match: Match | None,
     background: str,
     seed: int,
 ) -> dict[str, Any]:
@@ -199,6 +208,8 @@ def _describe(
         "predicate": repr(predicate),
         "effort": effort,
         **({} if minimisation is None else {"minimisation": repr(minimisation)}),
+        **({} if preset == "default" else {"preset": preset}),
+        **({} if match is None else {"match": match}),
         "background": background,
         "seed": seed,
     }
