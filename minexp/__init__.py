@@ -24,6 +24,11 @@ _HOME = {
     "Certificate": "certify",
     "Explanation": "explanation",
     "explain": "explanation",
+    "contrast": "questions",
+    "multiple": "questions",
+    "necessary": "questions",
+    "Minimisation": "minimise",
+    "Refinement": "refine",
     "MinexpError": "errors",
     "RequestError": "errors",
     "VerifyError": "errors",
@@ -38,6 +43,10 @@ if TYPE_CHECKING:
     from .errors import MinexpError, RequestError, VerifyError
     from .explanation import Explanation, explain
     from .masker import Masker, load_masker
+    from .minimise import Minimisation
+    from .predicate import Predicate
+    from .questions import contrast, multiple, necessary
+    from .refine import Refinement
     from .training import fit
 
 

@@ -174,27 +174,19 @@ def explain(
         )
     if effort == "fast" and masker is None:
         raise RequestError("effort fast needs a masker; fit one with minexp.fit, or choose effort refined")
-    _check(classifier, x)
-    if (
-        masker is not None
-        and masker.metadata.get("classifier", classifier.fingerprint) != classifier.fingerprint
-    ):
-        raise RequestError(
-            "this masker was fitted to another classifier; fit one for this model with minexp.fit"
-        )
-    x = x.to(classifier.device)
-    if backgrounds is None:
-        backgrounds = make_backgrounds(
-            classifier, masker, reference=reference, background=background, seed=seed
-        )
+    judge, x, logits = bind(
+        classifier,
+        x,
+        masker,
+        predicate=predicate,
+        background=background,
+        reference=reference,
+        seed=seed,
+        micro_batch=micro_batch,
+        backgrounds=backgrounds,
+    )
     fresh = FRESH[effort] if fresh is None else fresh
-    judge = Judge(classifier, predicate or Predicate(), backgrounds, micro_batch=micro_batch)
     with classifier.frozen():
-        logits = judge.logits(x)
-        if not logits.isfinite().all():
-            raise MinexpError(
-                "the classifier gives NaN or infinite scores; check its weights, and that mean and std are its own"
-            )
         search = Search(judge, x, logits, masker, effort, refinement, minimisation, preset, match)
         found = search.find()
         certificates = certify(search.judge, x, logits, found, per_family=fresh)
@@ -219,7 +211,42 @@ def explain(
             for b, certificate in zip(again, new, strict=True):
                 certificates[b] = certificate
     milliseconds = (time.perf_counter() - started) * 1000 / max(1, len(x))
-    return Explanation(found.masks[:, 0], x, backgrounds.default(x), tuple(certificates), milliseconds)
+    return Explanation(found.masks[:, 0], x, judge.backgrounds.default(x), tuple(certificates), milliseconds)
+
+
+def bind(
+    classifier: Classifier,
+    x: Tensor,
+    masker: Masker | None,
+    *,
+    predicate: Predicate | None = None,
+    background: str | tuple[float, ...] = "mean",
+    reference: Tensor | None = None,
+    seed: int = 0,
+    micro_batch: int | None = None,
+    backgrounds: Backgrounds | None = None,
+) -> tuple[Judge, Tensor, Tensor]:
+    """The judge of a request, the images where the classifier is, and the classifier's scores of them [B,K]."""
+    _check(classifier, x)
+    if (
+        masker is not None
+        and masker.metadata.get("classifier", classifier.fingerprint) != classifier.fingerprint
+    ):
+        raise RequestError(
+            "this masker was fitted to another classifier; fit one for this model with minexp.fit"
+        )
+    x = x.to(classifier.device)
+    if backgrounds is None:
+        backgrounds = make_backgrounds(
+            classifier, masker, reference=reference, background=background, seed=seed
+        )
+    judge = Judge(classifier, predicate or Predicate(), backgrounds, micro_batch=micro_batch)
+    logits = judge.logits(x)
+    if not logits.isfinite().all():
+        raise MinexpError(
+            "the classifier gives NaN or infinite scores; check its weights, and that mean and std are its own"
+        )
+    return judge, x, logits
 
 
 def _check(classifier: Classifier, x: Tensor) -> None:

@@ -72,6 +72,12 @@ class Judge:
         other.predicate = predicate
         return other
 
+    def about(self, question: Question) -> Judge:
+        """The same judge, asking another question."""
+        other = copy.copy(self)
+        other.question = question
+        return other
+
     @torch.no_grad()
     def logits(self, x: Tensor) -> Tensor:
         """Class scores of x, a micro-batch at a time."""

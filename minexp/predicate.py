@@ -13,7 +13,12 @@ from .errors import RequestError
 
 
 class Question(Protocol):
-    """What a mask is asked: what the classifier is shown of it, and what it has to answer."""
+    """What a mask is asked: what the classifier is shown of it, and what it has to answer.
+
+    by_all: the mask of all pixels answers it for certain.
+    """
+
+    by_all: bool
 
     def show(self, mask: Tensor, x: Tensor, background: Tensor) -> Tensor:
         """What a mask [B,1,H,W] (bool) leaves of x [B,C,H,W]."""
@@ -31,6 +36,8 @@ def lead(scores: Tensor, label: Tensor) -> Tensor:
 class Sufficient:
     """Are these pixels enough for the class?"""
 
+    by_all = True
+
     def show(self, mask: Tensor, x: Tensor, background: Tensor) -> Tensor:
         return torch.where(mask, x, background)
 
@@ -40,6 +47,8 @@ class Sufficient:
 
 class Necessary:
     """Does the class go when these pixels go?"""
+
+    by_all = False  # an empty image may have the class, too
 
     def show(self, mask: Tensor, x: Tensor, background: Tensor) -> Tensor:
         return torch.where(mask, background, x)

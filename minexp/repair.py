@@ -77,7 +77,8 @@ def threshold_masks(
     low = torch.where(ok, (count // 4), count)  # a size that fails, or is not tried below
     holds = torch.ones_like(ok)  # keep-all keeps the top class by definition
     failing = (~ok).nonzero().flatten()
-    if judge.predicate.kind == "score" and len(failing):  # that even the whole image may fail: then say so
+    certain = judge.question.by_all and judge.predicate.kind != "score"
+    if not certain and len(failing):  # that even the whole image may fail: then say so
         whole = torch.ones(len(failing), 1, h, w, dtype=torch.bool, device=x.device)
         verdict = judge.holds(x[failing], label[failing], whole)
         holds[failing], scores[failing] = verdict.ok, verdict.scores
@@ -108,7 +109,7 @@ def threshold_masks(
             middle = (low[index].clamp_min(1).double() * high[index].double()).sqrt().round().long()
             attempt(index, torch.minimum(torch.maximum(middle, low[index] + 1), high[index] - 1))
     whole = (holds & ~ok & (high == h * w)).nonzero().flatten()
-    if len(whole) and judge.predicate.kind != "score":
+    if len(whole) and certain:
         scores[whole] = judge.logits(x[whole])
         spent[whole] += 1
     masks = torch.where((ok & (high == count))[:, None], first, _level_set(flat, ranked, high))

@@ -36,7 +36,9 @@ def test_masks_are_the_last_steps_and_judged(monkeypatch: pytest.MonkeyPatch) ->
     classifier, x = filters(), noise_images(3)
     judge = Judge(classifier, Predicate("top1"), Backgrounds(torch.full((3,), 0.5), noise_images(4, seed=9)))
     found = paper.optimise(judge, x, steps=4, lr=1e-2)
-    assert found.evaluations.tolist() == [1 + 4 * 2 * 2 + 1] * 3  # f(x), two images a step and back, the verdict
+    assert (
+        found.evaluations.tolist() == [1 + 4 * 2 * 2 + 1] * 3
+    )  # f(x), two images a step and back, the verdict
     label = judge.logits(x).argmax(1)
     assert torch.equal(found.holds, judge.holds(x, label, found.masks).ok)
     alone = paper.optimise(judge, x[1:2], steps=4, lr=1e-2)
