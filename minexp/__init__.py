@@ -27,6 +27,7 @@ _HOME = {
     "contrast": "questions",
     "multiple": "questions",
     "necessary": "questions",
+    "side_by_side": "explanation",
     "Minimisation": "minimise",
     "Refinement": "refine",
     "MinexpError": "errors",
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from .certify import Certificate
     from .classifier import Classifier, load_classifier
     from .errors import MinexpError, RequestError, VerifyError
-    from .explanation import Explanation, explain
+    from .explanation import Explanation, explain, side_by_side
     from .masker import Masker, load_masker
     from .minimise import Minimisation
     from .predicate import Predicate

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from html import escape
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,6 +25,9 @@ from .objective import PRESETS, Match
 from .predicate import Predicate
 from .refine import Refinement
 from .search import EFFORTS, Effort, Search
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 FRESH = {"fast": 1, "refined": PER_FAMILY, "minimal": PER_FAMILY}  # certificate draws a family
 RETRIES = 2  # enlargements of a mask that fresh draws contradict
@@ -83,12 +87,68 @@ class Explanation:
             rows.append(row)
         return rows
 
+    def plot(self, *, columns: int = 2, limit: int = 24) -> Image.Image:
+        """Image → mask → kept image of the first ``limit`` images, with their certificates, as a Pillow picture."""
+        from .report import Panel, montage
+
+        shown = min(limit, len(self))
+        pictures, kept = (_pixels(t[:shown]) for t in (self.x, self.kept_images()))
+        masks = self.masks[:shown].cpu().numpy()
+        lines = map(str, self.certificates)
+        return montage(
+            [Panel(*row) for row in zip(pictures, masks, kept, lines, strict=False)], columns=columns
+        )
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the pictures, and the certificates in words."""
+        from .report.pictures import image_uri
+
+        shown = min(6, len(self))
+        rows = zip(
+            _pixels(self.x[:shown]), _pixels(self.kept_images()[:shown]), self.certificates, strict=False
+        )
+        style = 'style="width:160px;image-rendering:pixelated;margin:2px"'
+        figures = "".join(
+            f'<figure style="margin:0 0 12px"><img {style} src="{image_uri(image, 320)}" alt="image">'
+            f'<img {style} src="{image_uri(kept, 320)}" alt="what the mask keeps">'
+            f'<figcaption style="font:13px sans-serif">{escape(str(certificate))}</figcaption></figure>'
+            for image, kept, certificate in rows
+        )
+        return f"<div><p>{escape(repr(self) if len(self) > 1 else 'Explanation')}</p>{figures}</div>"
+
     def __repr__(self) -> str:
         if len(self) == 1:
             return f"Explanation({self.certificates[0]})"
         area = float(np.mean([c.area for c in self.certificates]))
         good = sum(c.certified for c in self.certificates)
         return f"Explanation({len(self)} images, {good} certified, mean area {area:.1%})"
+
+
+def side_by_side(explanations: Mapping[str, Explanation]) -> Image.Image:
+    """The same images explained in several ways: one row an image, one column an explanation, as a Pillow picture."""
+    from .report import table_of_pictures
+
+    first = next(iter(explanations.values()))
+    images = _pixels(first.x)
+    kept = {name: _pixels(found.kept_images()) for name, found in explanations.items()}
+    rows = [[image, *(kept[name][b] for name in explanations)] for b, image in enumerate(images)]
+    notes = [
+        [
+            first.certificates[b].label_name,
+            *(
+                f"{c.area:.1%} · held-out {c.robust_heldout:.2f} · {c.evaluations} evaluations"
+                for c in (found.certificates[b] for found in explanations.values())
+            ),
+        ]
+        for b in range(len(first))
+    ]
+    return table_of_pictures(["image", *explanations], rows, notes)
+
+
+def _pixels(x: Tensor) -> np.ndarray:
+    """uint8 [B,H,W,C] of float [B,C,H,W] in [0,1]; the first channel alone where there are two or more than three."""
+    x = x if x.shape[1] in (1, 3) else x[:, :1]
+    return (x.permute(0, 2, 3, 1) * 255).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
 
 
 def make_backgrounds(
