@@ -83,7 +83,7 @@ class Predicate:
     rho: float = 0.95
     draws: int = 20
     tau: float = 0.5
-    early: int = 8
+    early: int = 7
     repeats: int = 1
     dilated: bool = False
 
