@@ -54,19 +54,19 @@ def measure(
     x = torch.from_numpy(data.images).permute(0, 3, 1, 2).float() / 255
     truth = torch.from_numpy(data.truth)
     judge = Judge(classifier, Predicate(), make_backgrounds(classifier, masker))
-    rows = []
+    rows, size = [], judge.micro_batch.size
     for name, objective in VARIANTS.items():
         started = time.process_time()
         settings = Refinement(steps=steps, objective=objective)
         found, alone = [], []
-        for first in range(0, images, judge.micro_batch):
-            part = x[first : first + judge.micro_batch]
+        for first in range(0, images, size):
+            part = x[first : first + size]
             numbers = torch.arange(first, first + len(part))
             found.append(refine(judge, part, settings, numbers=numbers).masks)
         seconds = (time.process_time() - started) / images
         with classifier.frozen():
-            for first in range(0, images, judge.micro_batch):
-                part = x[first : first + judge.micro_batch]
+            for first in range(0, images, size):
+                part = x[first : first + size]
                 numbers = torch.arange(first, first + len(part))
                 target = make_target(classifier, part, objective, reused=True)
                 *_, p = descend(judge, part, target, settings, None, numbers)

@@ -29,7 +29,7 @@ step versions "$python" -c 'import sys, torch; print(sys.version); print(torch._
 step packages "$python" -m pip install --quiet setuptools ninja wheel pytest pytest-timeout pytest-benchmark hypothesis matplotlib
 step build env MINEXP_BUILD=1 MINEXP_CUDA=1 "$python" -m pip install --no-build-isolation --no-deps -e .
 step loaded "$python" -c 'from minexp._ops import kernel_status; s = kernel_status(); print(s); assert s["cuda"], s'
-step tests "$python" -m pytest -q -p no:cacheprovider tests/test_ops_kl.py tests/test_ops_edges.py
+step tests "$python" -m pytest -q -o addopts= -p no:cacheprovider tests/test_ops_kl.py tests/test_ops_edges.py
 step device "$python" bench/gpu/checks.py
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck; do

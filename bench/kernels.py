@@ -3,12 +3,14 @@
     minexp bench kernels                        the main shapes on this machine (CPU, or CUDA where torch sees one)
     python bench/kernels.py --full --out DIR    the whole grid: networks, batches, one and two threads
 
-Writes kernels-DEVICE.csv and .png to bench/results. Providers take turns within a round, so that what else the machine
-does meets all alike; one-thread times are the thread's own. Freed memory is kept by the process, for all providers:
-otherwise the system's page faults are most of what is measured. `bound` of activation_kl is a triad (PyTorch's
-add with alpha, 12 bytes an element, into memory that is there already), of the edge operators nothing; `ratio` is
-p50 / bound, `speedup` that over the eager form, `peak` the bytes that one call holds at most. Every result is
-compared with the eager one before it is timed.
+Writes kernels-DEVICE.csv and .png to bench/results. Providers take turns within a round, so that what else the
+machine does meets all alike; one-thread times are the thread's own. On a GPU, "fwd+bwd" is a captured graph replayed,
+the device's time alone, and "launched" is the same call from Python. Freed memory is kept by the process, for all
+providers: otherwise the system's page faults are most of what is measured. `bound` of activation_kl is a triad over
+the same tensors (PyTorch's add with alpha, 12 bytes an element, into memory that is there already), of the edge
+operators nothing; `ratio` is p50 / bound, `speedup` that over the eager form, `bandwidth` the 20 bytes an element
+that a forward and a backward move, per second and as a share of a copy's, `peak` the bytes that one call holds at
+most. Every result is compared with the eager one before it is timed.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,7 @@ COLUMNS = [
     "bound",
     "ratio",
     "speedup",
+    "bandwidth",
     "peak",
     "device",
     "versions",
@@ -72,7 +75,8 @@ def measure(quiet: bool, *, full: bool = False, out: Path = RESULTS) -> list[Row
     try:
         for case in cases(full, device):
             started = time.perf_counter()
-            rows += case()
+            with _stream(device):
+                rows += case()
             if not quiet and sys.stderr.isatty():
                 print(
                     f"{rows[-1]['op']} {rows[-1]['shape']}: {time.perf_counter() - started:.0f} s",
@@ -82,6 +86,11 @@ def measure(quiet: bool, *, full: bool = False, out: Path = RESULTS) -> list[Row
         torch.set_num_threads(threads)
     _write(rows, device, out)
     return rows
+
+
+def _stream(device: torch.device) -> AbstractContextManager[Any]:
+    """On a GPU a stream of its own: what runs on the default one cannot be captured."""
+    return torch.cuda.stream(torch.cuda.Stream()) if device.type == "cuda" else nullcontext()
 
 
 def cases(full: bool, device: torch.device) -> Iterator[Callable[[], list[Row]]]:
@@ -156,24 +165,29 @@ def kl_case(network: str, batch: int, threads: int, device: torch.device, *, com
     for name, call in calls.items():
         for got, want in zip(call(), expected, strict=True):
             torch.testing.assert_close(got, want, rtol=2e-3, atol=2e-5, msg=f"{name} differs from eager")
-    count = sum(t.numel() for t in targets)
-    a, b, c = (torch.zeros(count, device=device) for _ in range(3))
-    times = _interleaved(calls | {"triad": lambda: torch.add(a, b, alpha=2.0, out=c)}, device, threads)
-    bound = statistics.median(times.pop("triad"))
+    out = [torch.empty_like(t) for t in targets]
+
+    def triad() -> None:
+        for t, x, o in zip(targets, inputs, out, strict=True):
+            torch.add(t, x.detach(), alpha=2.0, out=o)
+
+    def copy() -> None:
+        for t, o in zip(targets, out, strict=True):
+            o.copy_(t)
+
     shape = f"{network} B={batch}"
-    return [
-        _row(
-            "activation_kl",
-            name,
-            "fwd+bwd",
-            shape,
-            threads,
-            times,
-            bound=bound,
-            peak=_peak(calls[name], device),
-        )
-        for name in calls
-    ]
+    bytes_moved = 4 * sum(t.numel() for t in targets)
+    rows = []
+    for mode in ("fwd+bwd", "launched") if device.type == "cuda" else ("fwd+bwd",):
+        timed: Calls = calls | {"triad": triad, "copy": copy}
+        times = _interleaved(timed, device, threads, captured=mode == "fwd+bwd")
+        bound, copied = (statistics.median(times.pop(name)) for name in ("triad", "copy"))
+        for name in calls:
+            peak = _peak(calls[name], device)
+            row = _row("activation_kl", name, mode, shape, threads, times, bound=bound, peak=peak)
+            row["bandwidth"] = 5 * bytes_moved / row["p50"] / (2 * bytes_moved / copied)
+            rows.append(row)
+    return rows
 
 
 # ---- edges -------------------------------------------------------------------------------------------------------
@@ -200,20 +214,24 @@ def edge_case(
     ]
 
 
+def naive_positions(weight: Tensor, x: Tensor, k: int) -> Tensor:
+    """The grouped convolution that holds [B, I, O, H, W], and topk of its sums: values [B, O, k]; 3×3, padded by 1."""
+    targets, sources = weight.shape[:2]
+    kernels = weight.transpose(0, 1).reshape(-1, 1, *weight.shape[2:])
+    added = functional.conv2d(x, kernels, padding=1, groups=sources)
+    return torch.topk(added.view(len(x), sources, targets, -1).abs().sum(-1).transpose(1, 2), k, dim=2).values
+
+
 def position_case(targets: int, sources: int, size: int, *, batch: int, device: torch.device) -> list[Row]:
-    """Sums over positions of |W x|, against the grouped convolution that holds [B, O, I, H, W]."""
+    """Sums over positions of |W x|, against the form that holds them all."""
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(targets, sources, 3, 3, generator=generator).to(device)
     x = torch.rand(batch, sources, size, size, generator=generator).to(device)
-    kernels = weight.transpose(0, 1).reshape(-1, 1, 3, 3)
-
-    def naive() -> Tensor:
-        added = functional.conv2d(x, kernels, padding=1, groups=sources)
-        scores = added.view(batch, sources, targets, -1).abs().sum(-1).transpose(1, 2)
-        return torch.topk(scores, 16, dim=2).values
-
-    calls: Calls = {"eager": naive, "minexp": lambda: edge_position_topk(weight, x, 16, padding=1)[0]}
+    calls: Calls = {
+        "eager": lambda: naive_positions(weight, x, 16),
+        "minexp": lambda: edge_position_topk(weight, x, 16, padding=1)[0],
+    }
     torch.testing.assert_close(calls["minexp"](), calls["eager"](), rtol=1e-4, atol=1e-4)
     times = _interleaved(calls, device, 1, rounds=3)
     shape = f"{targets}x{sources} {size}x{size} k=16 B={batch}"
@@ -289,22 +307,40 @@ def fit_case() -> list[Row]:
 
 
 def _interleaved(
-    calls: Calls, device: torch.device, threads: int, rounds: int = 15
+    calls: Calls, device: torch.device, threads: int, rounds: int = 15, *, captured: bool = True
 ) -> dict[str, list[float]]:
-    """Milliseconds of each call in each round, after two rounds to warm up."""
+    """Milliseconds of each call in each round, after two to warm up; on a GPU, `captured` ones are graphs."""
     times: dict[str, list[float]] = {name: [] for name in calls}
-    clock = time.thread_time if threads == 1 and device.type == "cpu" else time.perf_counter
+    if device.type == "cuda":
+        runs = {name: _captured(call) if captured else call for name, call in calls.items()}
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    clock = time.thread_time if threads == 1 else time.perf_counter
     for round_ in range(rounds + 2):
         for name, call in calls.items():
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            started = clock()
-            call()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+                start.record()
+                runs[name]()
+                end.record()
+                end.synchronize()
+                spent = start.elapsed_time(end)
+            else:
+                started = clock()
+                call()
+                spent = (clock() - started) * 1000
             if round_ >= 2:
-                times[name].append((clock() - started) * 1000)
+                times[name].append(spent)
     return times
+
+
+def _captured(call: Callable[[], Any]) -> Callable[[], None]:
+    """The call as a CUDA graph."""
+    for _ in range(3):
+        call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        call()
+    return graph.replay
 
 
 def _row(

@@ -16,8 +16,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-COLUMNS = ("op", "provider", "mode", "shape", "threads", "p20", "p50", "p80", "bound", "ratio", "speedup")
-SUITES = tuple(sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem != "run"))
+COLUMNS = (
+    "op",
+    "provider",
+    "mode",
+    "shape",
+    "threads",
+    "p20",
+    "p50",
+    "p80",
+    "bound",
+    "ratio",
+    "speedup",
+    "bandwidth",
+)
+NOT_SUITES = ("run", "test_kernels")
+SUITES = tuple(sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in NOT_SUITES))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "edges.h"
+#include "warp.cuh"
 
 namespace minexp {
 
@@ -26,21 +27,6 @@ struct DeviceRows {
   }
 };
 
-template <class T>
-__device__ T warp_sum(T x) {
-  for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(~0u, x, distance);
-  return x;
-}
-
-template <class T>
-__device__ T warp_top(T x) {
-  for (int distance = 16; distance > 0; distance /= 2) {
-    const T other = __shfl_xor_sync(~0u, x, distance);
-    x = other > x ? other : x;
-  }
-  return x;
-}
-
 __device__ inline int rank_in_ballot(unsigned ballot) { return __popc(ballot & ((1u << (threadIdx.x % 32)) - 1)); }
 
 // The warp's k largest of keys[width]: emit(rank, place) for each, by any lane. places has room for width.
@@ -49,7 +35,7 @@ __device__ int64_t warp_largest(const K* keys, int64_t width, int64_t k, int32_t
   const int lane = threadIdx.x % 32;
   K top = 0;
   for (int64_t i = lane; i < width; i += 32) top = keys[i] > top ? keys[i] : top;
-  top = warp_top(top);
+  top = warp_max(top);
   if (top == 0) return 0;
   const K least = lower_bound_of_top(top, k, k / 2 + 16, [&](K at) {
     int found = 0;
@@ -167,7 +153,7 @@ __global__ void __launch_bounds__(kSelectThreads, 2)
     const K at = key(i);
     top = at > top ? at : top;
   }
-  top = K(over_block(warp_top(top), [](unsigned long long x, unsigned long long y) { return x > y ? x : y; }));
+  top = K(over_block(warp_max(top), [](unsigned long long x, unsigned long long y) { return x > y ? x : y; }));
   const K least = top > 0 ? lower_bound_of_top(top, n, int64_t(0), count) : K(1);
   const int64_t larger = top > 0 ? count(least + 1) : 0;
   int64_t ties = n - larger, found = 0;  // the same in every thread
@@ -198,64 +184,112 @@ __global__ void __launch_bounds__(kSelectThreads, 2)
   for (int64_t i = found + thread; i < n; i += kSelectThreads) values[image * n + i] = 0, flat[image * n + i] = -1;
 }
 
-constexpr int kTogether = 4;  // targets of a block: each activation read serves all of them
+// ---- Position-aware scores ---------------------------------------------------------------------------------------
 
-// Shared memory of a block: the scores, then the keys and places of its targets.
-template <class Real>
+constexpr int kPositionWarps = 8;
+constexpr int kSlots = 2;   // positions of a lane at once
+constexpr int kTaps = 16;   // taps whose weights a warp holds in shared memory
+
+// Shared memory of a block: keys of its targets, then places and weights of each warp.
+template <class Real, int Together>
 constexpr int64_t position_bytes(int64_t width) {
-  return kTogether * (width * int64_t(sizeof(Real)) + topk_bytes<Real>(width));
+  return (Together * int64_t(sizeof(Key<Real>)) + kPositionWarps * int64_t(sizeof(int32_t))) * ((width + 3) / 4 * 4) +
+         kPositionWarps * kTaps * Together * int64_t(sizeof(Real));
 }
 
-// A block takes kTogether targets of one group of one image; weight [O, I/groups, taps].
-template <class Real>
-__global__ void __launch_bounds__(kTogether * 32, 4) edge_position_kernel(
-    const DeviceRows<Real> rows, const Geometry g, int64_t k, Real* values, int64_t* indices) {
-  extern __shared__ double shared_memory[];
-  auto* scores = reinterpret_cast<Real*>(shared_memory);  // [kTogether, width]
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int64_t width = rows.width, taps = g.taps(), positions = g.positions(), pixels = g.size[0] * g.size[1];
-  const int64_t group_targets = rows.targets / rows.groups, tiles = (group_targets + kTogether - 1) / kTogether;
-  const int64_t image = blockIdx.x / (tiles * rows.groups), group = blockIdx.x / tiles % rows.groups;
-  const int64_t local = blockIdx.x % tiles * kTogether, first = group * group_targets + local;
-  const int here = int(group_targets - local < kTogether ? group_targets - local : kTogether);
-  for (int64_t i = warp; i < width; i += kTogether) {
-    const Real* channel = rows.energy + (image * rows.sources + group * width + i) * pixels;
-    Real sums[kTogether] = {};
-    for (int64_t p = lane; p < positions; p += 32) {
-      const int64_t top = p / g.out(1) * g.stride[0] - g.padding[0], left = p % g.out(1) * g.stride[1] - g.padding[1];
-      Real at[kTogether] = {};
-      for (int64_t t = 0; t < taps; ++t) {
-        const int64_t y = top + t / g.kernel[1] * g.dilation[0], x = left + t % g.kernel[1] * g.dilation[1];
-        if (y < 0 || y >= g.size[0] || x < 0 || x >= g.size[1]) continue;
-        const Real pixel = channel[y * g.size[1] + x];
+// Sums over the warp, one for each of its lanes' values: v[0] is the sum of everyone's v[target] for the target returned.
+template <int Together, class Real>
+__device__ int warp_scatter(Real (&v)[Together]) {
+  const int lane = threadIdx.x % 32;
+  int target = 0;
 #pragma unroll
-        for (int o = 0; o < kTogether; ++o)
-          if (o < here) at[o] += rows.strength[((first + o) * width + i) * taps + t] * pixel;
+  for (int distance = 16, left = Together / 2; distance > 0; distance /= 2, left /= 2) {
+    const bool upper = lane & distance;
+    if (left == 0) v[0] += __shfl_xor_sync(~0u, v[0], distance);
+#pragma unroll
+    for (int j = 0; j < left; ++j) {
+      const Real given = upper ? v[j] : v[j + left], kept = upper ? v[j + left] : v[j];
+      v[j] = kept + __shfl_xor_sync(~0u, given, distance);
+    }
+    if (upper) target += left;
+  }
+  return target;
+}
+
+// A block takes Together targets of one group of one image, a warp one source at a time; weight [O, I/groups, taps].
+template <class Real, int Together>
+__global__ void __launch_bounds__(kPositionWarps * 32, sizeof(Real) == 4 ? 2 : 1) edge_position_kernel(
+    const DeviceRows<Real> rows, const Geometry g, int64_t k, Real* values, int64_t* indices) {
+  using K = Key<Real>;
+  extern __shared__ double shared_memory[];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, width = int(rows.width), pitch = (width + 3) / 4 * 4;
+  auto* keys = reinterpret_cast<K*>(shared_memory);  // [Together, pitch]
+  auto* weights = reinterpret_cast<Real*>(keys + Together * pitch) + warp * kTaps * Together;  // [kTaps, Together]
+  auto* places = reinterpret_cast<int32_t*>(reinterpret_cast<Real*>(keys + Together * pitch) + kPositionWarps * kTaps * Together) + warp * pitch;
+  const int taps = int(g.taps()), positions = int(g.positions()), columns = int(g.out(1));
+  const int height = int(g.size[0]), breadth = int(g.size[1]), across = int(g.kernel[1]);
+  const int64_t group_targets = rows.targets / rows.groups, tiles = (group_targets + Together - 1) / Together;
+  const int64_t image = blockIdx.x / (tiles * rows.groups), group = blockIdx.x / tiles % rows.groups;
+  const int64_t local = blockIdx.x % tiles * Together, first = group * group_targets + local;
+  const int here = int(group_targets - local < Together ? group_targets - local : Together);
+
+  for (int i = warp; i < width; i += kPositionWarps) {
+    const Real* channel = rows.energy + (image * rows.sources + group * width + i) * height * breadth;
+    Real sums[Together] = {};
+    for (int base = 0; base < positions; base += 32 * kSlots) {
+      int top[kSlots], left[kSlots];  // of the window; a position beyond the last lies outside the image
+#pragma unroll
+      for (int slot = 0; slot < kSlots; ++slot) {
+        const int p = base + slot * 32 + lane;
+        top[slot] = p < positions ? p / columns * int(g.stride[0]) - int(g.padding[0]) : height;
+        left[slot] = p % columns * int(g.stride[1]) - int(g.padding[1]);
+      }
+      Real at[kSlots][Together] = {};
+      for (int chunk = 0; chunk < taps; chunk += kTaps) {
+        const int some = taps - chunk < kTaps ? taps - chunk : kTaps;
+        __syncwarp();
+        for (int j = lane; j < Together * some; j += 32) {
+          const int o = j / some, t = j % some;
+          weights[t * Together + o] = o < here ? rows.strength[((first + o) * width + i) * taps + chunk + t] : Real(0);
+        }
+        __syncwarp();
+#pragma unroll 1
+        for (int t = 0; t < some; ++t) {
+          const int down = (chunk + t) / across * int(g.dilation[0]), right = (chunk + t) % across * int(g.dilation[1]);
+          Real w[Together];
+#pragma unroll
+          for (int o = 0; o < Together; ++o) w[o] = weights[t * Together + o];
+#pragma unroll
+          for (int slot = 0; slot < kSlots; ++slot) {
+            const int y = top[slot] + down, x = left[slot] + right;
+            const Real pixel = y >= 0 && y < height && x >= 0 && x < breadth ? channel[y * breadth + x] : Real(0);
+#pragma unroll
+            for (int o = 0; o < Together; ++o) at[slot][o] += w[o] * pixel;
+          }
+        }
       }
 #pragma unroll
-      for (int o = 0; o < kTogether; ++o) sums[o] += at[o] < 0 ? -at[o] : at[o];
-    }
+      for (int slot = 0; slot < kSlots; ++slot)
 #pragma unroll
-    for (int o = 0; o < kTogether; ++o) {
-      const Real sum = warp_sum(sums[o]);
-      if (lane == 0) scores[o * width + i] = sum;
+        for (int o = 0; o < Together; ++o) sums[o] += at[slot][o] < 0 ? -at[slot][o] : at[slot][o];
     }
+    const int o = warp_scatter(sums);
+    if (o < here) keys[o * pitch + i] = rows[image * rows.targets + first + o].has(i) ? key_of(sums[0]) : K(0);
   }
   __syncthreads();
-  if (warp >= here) return;
-  const int64_t row_at = image * rows.targets + first + warp;
-  const Real* mine = scores + warp * width;
-  char* memory = reinterpret_cast<char*>(scores + kTogether * width) + warp * topk_bytes<Real>(width);
-  auto* keys = reinterpret_cast<Key<Real>*>(memory);
-  auto* places = reinterpret_cast<int32_t*>(keys + width);
-  const Row<Real> row = rows[row_at];
-  for (int64_t i = lane; i < width; i += 32) keys[i] = row.has(i) ? key_of(mine[i]) : Key<Real>(0);
-  __syncwarp();
-  const int64_t found = warp_largest(keys, width, k, places, [&](int64_t rank, int32_t i) {
-    values[row_at * k + rank] = mine[i] * row.gradient;
-    indices[row_at * k + rank] = i + row.first_source;
-  });
-  for (int64_t i = found + lane; i < k; i += 32) values[row_at * k + i] = 0, indices[row_at * k + i] = -1;
+  for (int o = warp; o < here; o += kPositionWarps) {
+    const int64_t at = image * rows.targets + first + o;
+    const Row<Real> row = rows[at];
+    const K* mine = keys + o * pitch;
+    const int64_t found = warp_largest(mine, width, k, places, [&](int64_t rank, int32_t i) {
+      const K bits = mine[i] - 1;  // a sum of magnitudes is its key's bits
+      Real score;
+      std::memcpy(&score, &bits, sizeof score);
+      values[at * k + rank] = score * row.gradient;
+      indices[at * k + rank] = i + row.first_source;
+    });
+    for (int64_t i = found + lane; i < k; i += 32) values[at * k + i] = 0, indices[at * k + i] = -1;
+  }
 }
 
 }  // namespace minexp

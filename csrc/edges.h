@@ -10,11 +10,6 @@
 
 #include "simd.h"
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#include <immintrin.h>
-#define MINEXP_X86
-#endif
-
 namespace minexp {
 
 template <class Real>
@@ -123,8 +118,8 @@ int64_t compact(const K* keys, int64_t n, K least, int32_t* places) {
   return found;
 }
 
-#if defined(MINEXP_X86)
-__attribute__((target("avx512f"))) inline int64_t compact_by_vectors(const uint32_t* keys, int64_t n, uint32_t least, int32_t* places) {
+#if defined(MINEXP_AVX512)
+MINEXP_AVX512 inline int64_t compact_by_vectors(const uint32_t* keys, int64_t n, uint32_t least, int32_t* places) {
   const __m512i bound = _mm512_set1_epi32(int(least));
   __m512i place = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   int64_t found = 0;
@@ -138,8 +133,7 @@ __attribute__((target("avx512f"))) inline int64_t compact_by_vectors(const uint3
 }
 
 inline int64_t compact(const uint32_t* keys, int64_t n, uint32_t least, int32_t* places) {
-  static const bool by_vectors = __builtin_cpu_supports("avx512f");
-  return by_vectors ? compact_by_vectors(keys, n, least, places) : compact<uint32_t>(keys, n, least, places);
+  return has_avx512() ? compact_by_vectors(keys, n, least, places) : compact<uint32_t>(keys, n, least, places);
 }
 #endif
 

@@ -101,12 +101,21 @@ std::tuple<Tensor, Tensor> edge_position_topk_cuda(
   with_real(activation, [&, &values = values, &indices = indices](auto zero) {
     using Real = decltype(zero);
     const auto rows = rows_of<Real>(weight, activation, gradient, source_mask, target_mask, groups);
-    const int64_t bytes = position_bytes<Real>(rows.width);
-    const int64_t tiles = (rows.targets / groups + kTogether - 1) / kTogether;
     if (rows.images == 0) return;
-    allow(edge_position_kernel<Real>, bytes);
-    edge_position_kernel<<<unsigned(rows.images * groups * tiles), kTogether * 32, bytes, current_stream(activation)>>>(
-        rows, geometry, k, data<Real>(values), data<int64_t>(indices));
+    const int64_t group_targets = rows.targets / groups;
+    const auto launch = [&](auto together) {
+      constexpr int kTogether = decltype(together)::value;
+      const int64_t bytes = position_bytes<Real, kTogether>(rows.width);
+      const auto kernel = edge_position_kernel<Real, kTogether>;
+      allow(kernel, bytes);
+      kernel<<<unsigned(rows.images * groups * ((group_targets + kTogether - 1) / kTogether)), kPositionWarps * 32, bytes,
+               current_stream(activation)>>>(rows, geometry, k, data<Real>(values), data<int64_t>(indices));
+    };
+    // Many targets share what is read, as far as their keys fit.
+    if (group_targets > 4 && position_bytes<Real, 16>(rows.width) <= 100 * 1024)
+      launch(std::integral_constant<int, 16>());
+    else
+      launch(std::integral_constant<int, 4>());
     check_launch("edge_position_topk");
   });
   return {values, indices};

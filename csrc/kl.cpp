@@ -44,7 +44,7 @@ Plan plan_layers(
     layer.grad = grads ? data<void>((*grads)[l]) : nullptr;
     const int64_t rows = axis == "all" ? 1 : axis == "spatial" ? channels : positions;
     STD_TORCH_CHECK(
-        channels * positions < (int64_t(1) << 31), "minexp::activation_kl: too many features in an image at layer ", l);
+        channels * positions < (int64_t(1) << 30), "minexp::activation_kl: too many features in an image at layer ", l);
     layer.rows = int32_t(rows), layer.width = int32_t(channels * positions / rows);
     layer.strided = axis != "all" && x.is_contiguous() == (axis == "channel") && rows > 1;
     layer.weight = float(weights[l]);
@@ -89,97 +89,202 @@ void check_backward(
 namespace {
 
 constexpr int64_t kPiece = 16384;
+constexpr int64_t kStreamed = 16 << 20;  // bytes of gradients that no cache would keep for whoever reads them next
 
-// Calls f(layer, image, piece, number) for every piece, in parallel.
-template <class F>
-void for_pieces(const Plan& plan, F f) {
-  torch::stable::parallel_for(0, plan.pieces, 1, [&](int64_t begin, int64_t end) {
-    size_t l = 0;
-    for (int64_t number = begin; number < end; ++number) {
-      while (number >= plan.layers[l].first_piece + plan.images * plan.layers[l].pieces) ++l;
-      const int64_t local = number - plan.layers[l].first_piece;
-      f(l, local / plan.layers[l].pieces, local % plan.layers[l].pieces, number);
+struct Piece {
+  size_t layer;
+  int64_t image, index, number;  // index: among the image's pieces of the layer; number: among all
+};
+
+// Elements of all layers, and of the longest single row.
+std::pair<int64_t, int64_t> elements_of(const Plan& plan) {
+  int64_t all = 0, longest = 0;
+  for (const Layer& layer : plan.layers)
+    if (layer.pieces) {
+      all += plan.images * layer.features();
+      if (layer.rows == 1) longest = std::max<int64_t>(longest, layer.width);
     }
+  return {all, longest};
+}
+
+// Calls f(piece) in parallel, for the pieces that begin in each thread's share of the elements: equal work, whatever
+// the layers. With whole_rows, a single row's first piece stands for all of them.
+template <class F>
+void for_pieces(const Plan& plan, bool whole_rows, F f) {
+  torch::stable::parallel_for(0, elements_of(plan).first, kPiece, [&](int64_t begin, int64_t end) {
+    int64_t start = 0;
+    for (size_t l = 0; l < plan.layers.size(); ++l) {
+      const Layer& layer = plan.layers[l];
+      if (layer.pieces == 0) continue;
+      const bool whole = whole_rows && layer.rows == 1;
+      const int64_t each = whole ? layer.width : int64_t(layer.each) * (layer.rows == 1 ? 1 : layer.width);
+      for (int64_t image = 0; image < plan.images; ++image, start += layer.features())
+        for (int64_t piece = 0; piece < (whole ? 1 : layer.pieces); ++piece)
+          if (start + piece * each >= begin && start + piece * each < end)
+            f(Piece{l, image, piece, layer.first_piece + image * layer.pieces + piece});
+    }
+    drain();
   });
 }
 
-template <template <class> class Algebra, class P, class T>
-void forward(const Plan& plan, const double* entropy, double temperature, Tensor& total, Tensor& layers, Tensor& state) {
+// The rows of one call: State is the algebra, P and T what targets and inputs are made of.
+template <class State, class P, class T>
+struct Rows {
   using Real = Accumulator<T>;
-  using State = Algebra<double>;
-  const Real scale = Real(1 / temperature);
-  auto* saved = reinterpret_cast<Saved<Real>*>(data<Real>(state));
-  std::vector<State> parts(plan.pieces);      // of the single row of a layer
-  std::vector<double> sums(plan.pieces, 0.);  // of the losses of several rows
-  const auto finish = [&](const State& row, int64_t at) {
-    const double loss = row.loss(entropy ? entropy + 2 * at : nullptr);
-    saved[at] = saved_or_nan<Real>(loss, row.saved());
-    return loss;
+
+  const Plan& plan;
+  double temperature;
+  Saved<Real>* saved;
+  const double* entropy = nullptr;
+  bool gradients = false, stream = false;  // written with the losses; past the caches
+
+  struct Row {
+    const Layer& layer;
+    int64_t image, row;
+    int64_t place;  // in the saved states
+
+    int64_t begin() const { return image * layer.features() + layer.begin(row); }
+    int64_t parts() const { return layer.rows == 1 ? layer.pieces : 1; }
+    Range part(int64_t p) const { return layer.rows == 1 ? layer.range(p) : Range{0, layer.width}; }
   };
-  for_pieces(plan, [&](size_t l, int64_t image, int64_t piece, int64_t number) {
-    const Layer& layer = plan.layers[l];
-    const int64_t offset = image * layer.features(), step = layer.step();
-    const P* target = static_cast<const P*>(layer.target) + offset;
-    const T* input = static_cast<const T*>(layer.input) + offset;
-    if (layer.rows == 1) {
-      parts[number] = row_state<State>(target, input, 1, layer.range(piece), scale);
-      return;
+
+  Row row(const Piece& at, int64_t row = 0) const {
+    const Layer& layer = plan.layers[at.layer];
+    return {layer, at.image, row, at.image * plan.rows + layer.first_row + row};
+  }
+
+  State state(const Row& r, Range part, bool complete) const {
+    return row_state<State>(
+        static_cast<const P*>(r.layer.target) + r.begin(), static_cast<const T*>(r.layer.input) + r.begin(),
+        r.layer.step(), part, Real(kLog2e / temperature), complete);
+  }
+
+  Cross gradient(const Row& r, Range part, double slope) const {
+    return row_gradient<State>(
+        static_cast<const P*>(r.layer.target) + r.begin(), static_cast<const T*>(r.layer.input) + r.begin(),
+        static_cast<T*>(r.layer.grad) + r.begin(), r.layer.step(), part, Real(kLog2e / temperature), saved[r.place],
+        Real(slope / (temperature * double(r.layer.rows))), stream);
+  }
+
+  void save(const Row& r, const State& state, double loss = 0) const {
+    saved[r.place] = saved_or_nan<Real>(loss, state.saved());
+  }
+
+  // The loss of a row whose state is complete; gradients that were written before a NaN became known are written again.
+  double loss(const Row& r, const State& state) const {
+    const double loss = state.loss(entropy ? entropy + 2 * r.place : nullptr);
+    save(r, state, loss);
+    if (loss != loss && gradients)
+      for (int64_t p = 0; p < r.parts(); ++p) gradient(r, r.part(p), r.layer.weight);
+    return loss;
+  }
+
+  // All of a row at once, its gradient while its elements are still in the caches.
+  double whole(const Row& r) const {
+    State all = state(r, r.part(0), !gradients);
+    for (int64_t p = 1; p < r.parts(); ++p) all.merge(state(r, r.part(p), !gradients));
+    if (gradients) {
+      save(r, all);
+      for (int64_t p = 0; p < r.parts(); ++p) all.add(gradient(r, r.part(p), r.layer.weight));
     }
-    const Range rows = layer.range(piece);
-    for (int64_t r = rows.begin; r < rows.end; ++r) {
-      const int64_t begin = layer.begin(r);
-      const State row = row_state<State>(target + begin, input + begin, step, Range{0, layer.width}, scale);
-      sums[number] += finish(row, image * plan.rows + layer.first_row + r);
+    return loss(r, all);
+  }
+};
+
+template <class State, class P, class T>
+void forward(const Rows<State, P, T>& rows, Tensor& total, Tensor& layers) {
+  using Real = Accumulator<T>;
+  const Plan& plan = rows.plan;
+  std::vector<double> losses(plan.pieces, 0.);
+  std::vector<State> parts;
+  const auto [elements, longest] = elements_of(plan);
+  // A thread that has a row to itself reads it once; but long rows are too few to go round.
+  const int64_t threads = torch::stable::get_num_threads();
+  const bool whole_rows = rows.gradients && (threads == 1 || 4 * threads * longest <= elements);
+  if (!whole_rows) parts.resize(plan.pieces);
+
+  for_pieces(plan, whole_rows, [&](const Piece& at) {
+    const Layer& layer = plan.layers[at.layer];
+    if (layer.rows == 1 && whole_rows) {
+      losses[at.number] = rows.whole(rows.row(at));
+    } else if (layer.rows == 1) {
+      parts[at.number] = rows.state(rows.row(at), layer.range(at.index), !rows.gradients);
+    } else {
+      const Range range = layer.range(at.index);
+      for (int64_t r = range.begin; r < range.end; ++r) losses[at.number] += rows.whole(rows.row(at, r));
     }
   });
-  Real *losses = data<Real>(layers), *totals = data<Real>(total);
+  if (!whole_rows) {
+    // Merges, always in the same order, what the pieces of each single row found: f(its first piece, its state).
+    const auto for_merged = [&](auto f) {
+      for (size_t l = 0; l < plan.layers.size(); ++l)
+        for (int64_t image = 0; plan.layers[l].rows == 1 && plan.layers[l].pieces && image < plan.images; ++image) {
+          const int64_t first = plan.layers[l].first_piece + image * plan.layers[l].pieces;
+          State all = parts[first];
+          for (int64_t p = 1; p < plan.layers[l].pieces; ++p) all.merge(parts[first + p]);
+          f(Piece{l, image, 0, first}, all);
+        }
+    };
+    if (rows.gradients) {
+      for_merged([&](const Piece& at, const State& all) { rows.save(rows.row(at), all); });
+      for_pieces(plan, false, [&](const Piece& at) {
+        const Layer& layer = plan.layers[at.layer];
+        if (layer.rows == 1) parts[at.number].add(rows.gradient(rows.row(at), layer.range(at.index), layer.weight));
+      });
+    }
+    for_merged([&](const Piece& at, const State& all) { losses[at.number] = rows.loss(rows.row(at), all); });
+  }
+
   for (int64_t image = 0; image < plan.images; ++image) {
     double weighted = 0;
     for (size_t l = 0; l < plan.layers.size(); ++l) {
       const Layer& layer = plan.layers[l];
-      const int64_t first = layer.first_piece + image * layer.pieces;
       double loss = 0;
-      if (layer.pieces && layer.rows == 1) {
-        State row = parts[first];
-        for (int64_t p = 1; p < layer.pieces; ++p) row.merge(parts[first + p]);
-        loss = finish(row, image * plan.rows + layer.first_row);
-      } else {
-        for (int64_t p = 0; p < layer.pieces; ++p) loss += sums[first + p];
-      }
+      for (int64_t p = 0; p < layer.pieces; ++p) loss += losses[layer.first_piece + image * layer.pieces + p];
       loss /= double(layer.rows);
-      losses[l * plan.images + image] = Real(loss);
+      data<Real>(layers)[l * plan.images + image] = Real(loss);
       if (layer.pieces) weighted += layer.weight * loss;
     }
-    totals[image] = Real(weighted);
+    data<Real>(total)[image] = Real(weighted);
   }
 }
 
-template <template <class> class Algebra, class P, class T>
-void backward(const Plan& plan, const Tensor& state, const Maybe& grad_total, const Maybe& grad_layers, double temperature) {
+template <class State, class P, class T>
+void backward(const Rows<State, P, T>& rows, const Maybe& grad_total, const Maybe& grad_layers) {
   using Real = Accumulator<T>;
-  const auto* saved = reinterpret_cast<const Saved<Real>*>(data<Real>(state));
+  const Plan& plan = rows.plan;
   const Real *totals = data<Real>(grad_total), *losses = data<Real>(grad_layers);
-  for_pieces(plan, [&](size_t l, int64_t image, int64_t piece, int64_t) {
-    const Layer& layer = plan.layers[l];
-    const int64_t offset = image * layer.features(), step = layer.step();
-    const P* target = static_cast<const P*>(layer.target) + offset;
-    const T* input = static_cast<const T*>(layer.input) + offset;
-    T* grad = static_cast<T*>(layer.grad) + offset;
-    const Saved<Real>* rows = saved + image * plan.rows + layer.first_row;
-    const Real slope = (totals ? layer.weight * totals[image] : 0) + (losses ? losses[l * plan.images + image] : 0);
-    const Real c = Real(slope / (temperature * double(layer.rows))), scale = Real(1 / temperature);
+  for_pieces(plan, false, [&](const Piece& at) {
+    const Layer& layer = plan.layers[at.layer];
+    const double slope =
+        (totals ? layer.weight * totals[at.image] : 0) + (losses ? losses[at.layer * plan.images + at.image] : 0);
+    const Range range = layer.range(at.index);
     if (layer.rows == 1) {
-      const Range range = layer.range(piece);
-      row_gradient<Algebra<double>>(target, input, grad, 1, range, scale, rows[0], c);
-      return;
-    }
-    const Range range = layer.range(piece);
-    for (int64_t r = range.begin; r < range.end; ++r) {
-      const int64_t begin = layer.begin(r);
-      row_gradient<Algebra<double>>(
-          target + begin, input + begin, grad + begin, step, Range{0, layer.width}, scale, rows[r], c);
+      rows.gradient(rows.row(at), range, slope);
+    } else {
+      for (int64_t r = range.begin; r < range.end; ++r) rows.gradient(rows.row(at, r), Range{0, layer.width}, slope);
     }
   });
+}
+
+// Calls f with Rows of the call's types.
+template <class F>
+void with_rows(const Plan& plan, ScalarType type, bool cached, Tensor& state, double temperature, F f) {
+  with_floating(type, [&](auto* kind) {
+    using T = std::remove_pointer_t<decltype(kind)>;
+    using Real = Accumulator<T>;
+    auto* saved = reinterpret_cast<Saved<Real>*>(data<Real>(state));
+    if (cached)
+      f(Rows<Cached, Real, T>{plan, temperature, saved});
+    else
+      f(Rows<Pair, T, T>{plan, temperature, saved});
+  });
+}
+
+bool streamed(const Tensors& grads) {
+  int64_t bytes = 0;
+  for (const Tensor& grad : grads) bytes += grad.numel() * grad.element_size();
+  return bytes > kStreamed;
 }
 
 }  // namespace
@@ -188,14 +293,23 @@ std::tuple<Tensor, Tensor, Tensor> activation_kl_cpu(
     Tensors targets, Tensors inputs, Maybe entropy, std::vector<double> weights, double temperature, std::string axis) {
   const Plan plan = plan_layers(targets, inputs, nullptr, weights, axis, entropy.has_value(), kPiece);
   auto [total, layers, state] = outputs_for(plan, inputs, entropy);
-  with_floating(inputs[0].scalar_type(), [&, &total = total, &layers = layers, &state = state](auto* kind) {
-    using T = std::remove_pointer_t<decltype(kind)>;
-    if (entropy)
-      forward<Cached, Accumulator<T>, T>(plan, data<double>(*entropy), temperature, total, layers, state);
-    else
-      forward<Pair, T, T>(plan, nullptr, temperature, total, layers, state);
+  with_rows(plan, inputs[0].scalar_type(), entropy.has_value(), state, temperature, [&, &total = total, &layers = layers](auto rows) {
+    rows.entropy = data<double>(entropy);
+    forward(rows, total, layers);
   });
   return {total, layers, state};
+}
+
+std::tuple<Tensor, Tensor, Tensors> activation_kl_gradients_cpu(
+    Tensors targets, Tensors inputs, Maybe entropy, std::vector<double> weights, double temperature, std::string axis) {
+  Tensors grads = gradients_for(inputs, weights);
+  const Plan plan = plan_layers(targets, inputs, &grads, weights, axis, entropy.has_value(), kPiece);
+  auto [total, layers, state] = outputs_for(plan, inputs, entropy);
+  with_rows(plan, inputs[0].scalar_type(), entropy.has_value(), state, temperature, [&, &total = total, &layers = layers](auto rows) {
+    rows.entropy = data<double>(entropy), rows.gradients = true, rows.stream = streamed(grads);
+    forward(rows, total, layers);
+  });
+  return {total, layers, grads};
 }
 
 Tensors activation_kl_backward_cpu(
@@ -204,12 +318,9 @@ Tensors activation_kl_backward_cpu(
   Tensors grads = gradients_for(inputs, weights);
   const Plan plan = plan_layers(targets, inputs, &grads, weights, axis, cached, kPiece);
   check_backward(plan, inputs, state, grad_total, grad_layers);
-  with_floating(inputs[0].scalar_type(), [&](auto* kind) {
-    using T = std::remove_pointer_t<decltype(kind)>;
-    if (cached)
-      backward<Cached, Accumulator<T>, T>(plan, state, grad_total, grad_layers, temperature);
-    else
-      backward<Pair, T, T>(plan, state, grad_total, grad_layers, temperature);
+  with_rows(plan, inputs[0].scalar_type(), cached, state, temperature, [&](auto rows) {
+    rows.stream = streamed(grads);
+    backward(rows, grad_total, grad_layers);
   });
   return grads;
 }

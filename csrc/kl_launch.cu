@@ -11,6 +11,7 @@ Table<Most> table_of(const Plan& plan, double temperature) {
   Table<Most> table;
   std::copy(plan.layers.begin(), plan.layers.end(), table.layers);
   table.count = int(plan.layers.size()), table.images = plan.images, table.rows = plan.rows, table.temperature = temperature;
+  table.image_pieces = uint32_t(plan.pieces / std::max<int64_t>(1, plan.images));
   table.aligned = std::all_of(plan.layers.begin(), plan.layers.end(), [&](const Layer& l) {
     return at(l.target, 16 / sizeof(T) * sizeof(P)) && at(l.input, 16) && at(l.grad, 16);
   });
@@ -37,17 +38,16 @@ struct Forward {
   const Maybe& entropy;
   Tensor &total, &layers, &state;
 
-  template <template <class> class Algebra, class P, class T, int Most>
+  template <class State, class P, class T, int Most>
   void operator()() const {
     using Real = Accumulator<T>;
-    using State = Part<Algebra<double>>;
     const cudaStream_t stream = current_stream(total);
     const int64_t counters = plan.images * sizeof(unsigned), head = (counters + 63) / 64 * 64;
-    Tensor workspace = bytes(total, head + plan.pieces * sizeof(State));
+    Tensor workspace = bytes(total, head + plan.pieces * sizeof(Part<State>));
     auto* tickets = data<unsigned>(workspace);
-    auto* parts = reinterpret_cast<State*>(data<char>(workspace) + head);
+    auto* parts = reinterpret_cast<Part<State>*>(data<char>(workspace) + head);
     cudaMemsetAsync(tickets, 0, counters, stream);
-    kl_forward<Algebra, P, T, Real, Most><<<unsigned(plan.pieces), kThreads, shared_bytes, stream>>>(
+    kl_forward<State, P, T, Real, Most><<<unsigned(plan.pieces), kThreads, shared_bytes, stream>>>(
         table_of<Most, P, T>(plan, temperature), data<double>(entropy), parts, tickets,
         reinterpret_cast<Saved<Real>*>(data<Real>(state)), data<Real>(total), data<Real>(layers));
     check_launch("activation_kl");
@@ -60,10 +60,10 @@ struct Backward {
   const Tensor& state;
   const Maybe &grad_total, &grad_layers;
 
-  template <template <class> class Algebra, class P, class T, int Most>
+  template <class State, class P, class T, int Most>
   void operator()() const {
     using Real = Accumulator<T>;
-    kl_backward<Algebra, P, T, Real, Most><<<unsigned(plan.pieces), kThreads, 0, current_stream(state)>>>(
+    kl_backward<State, P, T, Real, Most><<<unsigned(plan.pieces), kThreads, 0, current_stream(state)>>>(
         table_of<Most, P, T>(plan, temperature), reinterpret_cast<const Saved<Real>*>(data<Real>(state)),
         data<Real>(grad_total), data<Real>(grad_layers));
     check_launch("activation_kl_backward");

@@ -9,7 +9,10 @@
   m.impl("edge_select", TORCH_BOX(&minexp::edge_select_##device));                            \
   m.impl("edge_position_topk", TORCH_BOX(&minexp::edge_position_topk_##device));
 
-STABLE_TORCH_LIBRARY_IMPL(minexp, CPU, m) { MINEXP_REGISTER(m, cpu) }
+STABLE_TORCH_LIBRARY_IMPL(minexp, CPU, m) {
+  MINEXP_REGISTER(m, cpu)
+  m.impl("activation_kl_gradients", TORCH_BOX(&minexp::activation_kl_gradients_cpu));
+}
 
 #if defined(MINEXP_CUDA)
 STABLE_TORCH_LIBRARY_IMPL(minexp, CUDA, m) { MINEXP_REGISTER(m, cuda) }

@@ -7,6 +7,9 @@
   std::tuple<Tensor, Tensor, Tensor> activation_kl_##device(                                                   \
       Tensors targets, Tensors inputs, Maybe entropy, std::vector<double> weights, double temperature,         \
       std::string axis);                                                                                       \
+  std::tuple<Tensor, Tensor, Tensors> activation_kl_gradients_##device(                                        \
+      Tensors targets, Tensors inputs, Maybe entropy, std::vector<double> weights, double temperature,         \
+      std::string axis);                                                                                       \
   Tensors activation_kl_backward_##device(                                                                     \
       Tensors targets, Tensors inputs, bool cached, Tensor state, Maybe grad_total, Maybe grad_layers,         \
       std::vector<double> weights, double temperature, std::string axis);                                      \

@@ -21,7 +21,7 @@ _HOME = {
     "load_masker": "masker",
     "fit": "training",
     "Predicate": "predicate",
-    "Certificate": "certify",
+    "Certificate": "certificate",
     "Explanation": "explanation",
     "explain": "explanation",
     "contrast": "questions",
@@ -30,6 +30,7 @@ _HOME = {
     "side_by_side": "explanation",
     "Minimisation": "minimise",
     "Refinement": "refine",
+    "export": "deploy.export",
     "MinexpError": "errors",
     "RequestError": "errors",
     "VerifyError": "errors",
@@ -37,18 +38,32 @@ _HOME = {
 
 __all__ = ["__version__", *_HOME]
 
-if TYPE_CHECKING:
-    from ._ops import KLTarget, activation_kl, edge_position_topk, edge_threshold, edge_topk, edge_total_topk
-    from .certify import Certificate
-    from .classifier import Classifier, load_classifier
-    from .errors import MinexpError, RequestError, VerifyError
-    from .explanation import Explanation, explain, side_by_side
-    from .masker import Masker, load_masker
-    from .minimise import Minimisation
-    from .predicate import Predicate
-    from .questions import contrast, multiple, necessary
-    from .refine import Refinement
-    from .training import fit
+if TYPE_CHECKING:  # "as": exported, for type checkers
+    from ._ops import KLTarget as KLTarget
+    from ._ops import activation_kl as activation_kl
+    from ._ops import edge_position_topk as edge_position_topk
+    from ._ops import edge_threshold as edge_threshold
+    from ._ops import edge_topk as edge_topk
+    from ._ops import edge_total_topk as edge_total_topk
+    from .certificate import Certificate as Certificate
+    from .classifier import Classifier as Classifier
+    from .classifier import load_classifier as load_classifier
+    from .deploy.export import export as export
+    from .errors import MinexpError as MinexpError
+    from .errors import RequestError as RequestError
+    from .errors import VerifyError as VerifyError
+    from .explanation import Explanation as Explanation
+    from .explanation import explain as explain
+    from .explanation import side_by_side as side_by_side
+    from .masker import Masker as Masker
+    from .masker import load_masker as load_masker
+    from .minimise import Minimisation as Minimisation
+    from .predicate import Predicate as Predicate
+    from .questions import contrast as contrast
+    from .questions import multiple as multiple
+    from .questions import necessary as necessary
+    from .refine import Refinement as Refinement
+    from .training import fit as fit
 
 
 def __getattr__(name: str) -> Any:

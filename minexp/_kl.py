@@ -9,7 +9,7 @@ KL = H - sum p b + M lse(b) - M + 1, whose first-order rounding error vanishes.
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import pairwise, repeat
 from math import inf
 from typing import Any
 
@@ -27,6 +27,11 @@ _library = torch.library.Library("minexp", "FRAGMENT")
 _library.define(
     "activation_kl(Tensor[] targets, Tensor[] inputs, Tensor? entropy, float[] weights, float temperature, str axis)"
     " -> (Tensor total, Tensor layers, Tensor state)",
+    tags=(torch.Tag.needs_exact_strides,),
+)
+_library.define(
+    "activation_kl_gradients(Tensor[] targets, Tensor[] inputs, Tensor? entropy, float[] weights, float temperature,"
+    " str axis) -> (Tensor total, Tensor layers, Tensor[] grads)",
     tags=(torch.Tag.needs_exact_strides,),
 )
 _library.define(
@@ -174,6 +179,29 @@ def _backward_fake(targets: list[Tensor], inputs: list[Tensor], *_: Any) -> list
     return [torch.empty_like(x) for x in inputs]
 
 
+def activation_kl_gradients_reference(
+    targets: list[Tensor], inputs: list[Tensor], entropy: Tensor | None, *options: Any
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """What `minexp::activation_kl_gradients` means: (total [B], layers [L, B], gradients of total.sum() to the inputs).
+
+    One pass, where `activation_kl` and its backward read everything twice.
+    """
+    total, layers, state = activation_kl_reference(targets, inputs, entropy, *options)
+    ones, cached = torch.ones_like(total), entropy is not None
+    return (
+        total,
+        layers,
+        activation_kl_backward_reference(targets, inputs, cached, state, ones, None, *options),
+    )
+
+
+def _gradients_fake(
+    targets: list[Tensor], inputs: list[Tensor], entropy: Tensor | None, *options: Any
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    total, layers, _ = _activation_kl_fake(targets, inputs, entropy, *options)
+    return total, layers, _backward_fake(targets, inputs)
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     targets, layers, entropy, *ctx.options = inputs
     ctx.cached, ctx.count = entropy is not None, len(layers)
@@ -204,11 +232,79 @@ def _no_second_derivative(ctx: Any, *grads: Any) -> tuple[Any, ...]:
 
 
 _library.impl("activation_kl", activation_kl_reference, "CompositeExplicitAutograd")
+_library.impl("activation_kl_gradients", activation_kl_gradients_reference, "CompositeExplicitAutograd")
 _library.impl("activation_kl_backward", activation_kl_backward_reference, "CompositeExplicitAutograd")
 torch.library.register_fake("minexp::activation_kl", _activation_kl_fake, lib=_library)
+torch.library.register_fake("minexp::activation_kl_gradients", _gradients_fake, lib=_library)
 torch.library.register_fake("minexp::activation_kl_backward", _backward_fake, lib=_library)
 torch.library.register_autograd("minexp::activation_kl", _differentiate, setup_context=_save, lib=_library)
 torch.library.register_autograd("minexp::activation_kl_backward", _no_second_derivative, lib=_library)
+
+
+class _TwoPasses(torch.autograd.Function):
+    """The operator with the autograd formula registered for it, at half of the dispatcher's cost."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, targets: list[Tensor], entropy: Tensor | None, options: tuple[Any, ...], *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
+        arguments = targets, inputs, entropy, *options
+        output = torch.ops.minexp.activation_kl(*arguments)
+        _save(ctx, arguments, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        return None, None, None, *_differentiate(ctx, *grads)[1]
+
+
+class _OnePass(torch.autograd.Function):
+    """The gradients of total.sum() are found on the way: the usual backward has nothing left to do."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, targets: list[Tensor], entropy: Tensor | None, options: tuple[Any, ...], *inputs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        total, layers, grads = torch.ops.minexp.activation_kl_gradients(targets, inputs, entropy, *options)
+        ctx.weights = options[0]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*grads, *inputs)
+        return total, layers
+
+    @staticmethod
+    def backward(ctx: Any, grad_total: Tensor | None, grad_layers: Tensor | None) -> tuple[Any, ...]:
+        count = len(ctx.weights)
+        grads, inputs = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        if grad_total is None and grad_layers is None:
+            grads = (None,) * count
+        elif grad_total is None or grad_layers is not None or not grad_total.eq(1).all():
+            layers = repeat(None) if grad_layers is None else grad_layers
+            grads = tuple(map(_scaled, grads, ctx.weights, repeat(grad_total), layers))
+        if torch.is_grad_enabled():  # create_graph
+            grads = _Once.apply(grads, *inputs)
+        return None, None, None, *grads
+
+
+def _scaled(grad: Tensor, weight: float, total: Tensor | None, layer: Tensor | None) -> Tensor:
+    """The gradient of one layer, weight * d, as (weight * total + layer) * d."""
+    if weight == 0:
+        return grad
+    factor = torch.zeros(len(grad), dtype=grad.dtype, device=grad.device)
+    if total is not None:
+        factor = factor + total
+    if layer is not None:
+        factor = factor + layer / weight
+    return grad * factor.view(-1, *[1] * (grad.dim() - 1))
+
+
+class _Once(torch.autograd.Function):
+    """Gradients that depend on the inputs in a way that is not worked out."""
+
+    @staticmethod
+    def forward(ctx: Any, grads: tuple[Tensor | None, ...], *inputs: Tensor) -> tuple[Tensor | None, ...]:
+        return tuple(None if grad is None else grad.view_as(grad) for grad in grads)
+
+    backward = staticmethod(_no_second_derivative)
 
 
 class KLTarget:
@@ -302,10 +398,26 @@ def activation_kl(
         raise RequestError(f"activation_kl: weights is {weights}, expected finite numbers")
     inputs = [_dense(x) for x in inputs]
     pairs = [_alike(target.detach(), x) for target, x in zip(first, inputs, strict=True)]
-    total, layers, _ = torch.ops.minexp.activation_kl(
-        pairs, inputs, entropy, weights, float(temperature), axis
-    )
+    options = weights, float(temperature), axis
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        total, layers, _ = torch.ops.minexp.activation_kl(pairs, inputs, entropy, *options)
+    else:
+        way = _OnePass if _fuses(inputs) else _TwoPasses
+        total, layers, *_ = way.apply(pairs, entropy, options, *inputs)
     return (total, layers) if per_layer else total
+
+
+def _fuses(inputs: Sequence[Tensor]) -> bool:
+    """Whether a gradient will be asked for, of a body that finds it on the way.
+
+    Not in half precision: before it is scaled, a gradient may be too small for that.
+    """
+    return (
+        inputs[0].device.type == "cpu"
+        and inputs[0].dtype in (torch.float32, torch.float64)
+        and any(x.requires_grad for x in inputs)
+        and torch._C._dispatch_has_kernel_for_dispatch_key("minexp::activation_kl_gradients", "CPU")
+    )
 
 
 def _dense(x: Tensor) -> Tensor:

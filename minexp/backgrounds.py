@@ -14,12 +14,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TRAINING = ("mean", "uniform", "gaussian", "flat", "phase")
-RANDOM = TRAINING[1:]  # the mean colour is one picture: two draws of it are the same
-HELD_OUT = ("blur", "shuffled", "texture")
-OTHER = "other"  # whole other images: they bring rival evidence, so they are reported apart
-FROM_REFERENCE = ("phase", "shuffled", OTHER)  # drawn from other images of the data
-FROM_IMAGE = ("blur",)  # drawn from the explained image itself
+from .families import FROM_IMAGE, FROM_REFERENCE, HELD_OUT, OTHER, POOL, RANDOM, TRAINING
+
+__all__ = [
+    "FAMILIES",
+    "FROM_IMAGE",
+    "FROM_REFERENCE",
+    "GREY",
+    "HELD_OUT",
+    "OTHER",
+    "POOL",
+    "RANDOM",
+    "TRAINING",
+    "Backgrounds",
+    "draw_numbers",
+    "random_mixture",
+]
 GREY = (0.485, 0.456, 0.406)  # ImageNet's mean colour, the field's usual grey
 
 Family = Callable[[Tensor, Tensor, torch.Generator], Tensor]
@@ -65,13 +75,18 @@ def phase_scrambled(source: Tensor, mean: Tensor, rng: torch.Generator) -> Tenso
 
 def blurred(source: Tensor, mean: Tensor, rng: torch.Generator) -> Tensor:
     """The source under a Gaussian blur of 8–16 % of its shorter side."""
-    sigma = min(source.shape[2:]) * (0.08 + 0.08 * torch.rand((), generator=rng).item())
-    rows, columns = (_blur_matrix(n, sigma).to(source.device, source.dtype) for n in source.shape[2:])
+    rows, columns = (m.to(source.device, source.dtype) for m in blur_matrices(source.shape[2:], rng))
     return rows @ source @ columns.T
 
 
+def blur_matrices(size: Sequence[int], rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """[H,H] and [W,W]: what `blurred` multiplies rows and columns by; a product is faster than a wide convolution."""
+    sigma = min(size) * (0.08 + 0.08 * torch.rand((), generator=rng).item())
+    return _blur_matrix(size[0], sigma), _blur_matrix(size[1], sigma)
+
+
 def _blur_matrix(n: int, sigma: float) -> Tensor:
-    """[n,n]: Gaussian blur of n values, reflected at both ends; a product is faster than a wide convolution."""
+    """[n,n]: Gaussian blur of n values, reflected at both ends."""
     radius = min(math.ceil(3 * sigma), n - 1)
     offsets = torch.arange(-radius, radius + 1)
     kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
@@ -140,7 +155,11 @@ def random_mixture(
     return out
 
 
-POOL = 16  # different draws of a family and purpose, unless more are asked for
+def draw_numbers(x: Tensor) -> Tensor:
+    """An image's own first draw, [B] in [0, 2^31): a weighted sum of its 8-bit values, which any runtime can repeat."""
+    values = (x * 255).round().long().flatten(1)
+    weights = torch.arange(values.shape[1], device=x.device) * 40503 % 65521
+    return ((values * weights).sum(1) % 2**31).cpu()
 
 
 class Backgrounds:
@@ -183,6 +202,16 @@ class Backgrounds:
                 out[b, k] = FAMILIES[family](x[b : b + 1], mean, rng)[0]
         return out
 
+    def pool(self, family: str, x: Tensor, *, purpose: str, count: int) -> Tensor:
+        """The first ``count`` draws [count,C,H,W] of a shared family, for images like x [B,C,H,W]."""
+        return self._pool(family, x, purpose, count)
+
+    def blurs(self, size: Sequence[int], *, purpose: str, count: int) -> tuple[Tensor, Tensor]:
+        """Matrices [count,H,H] and [count,W,W] of the first draws of the family "blur" (`blur_matrices`)."""
+        pairs = [blur_matrices(size, self._generator("blur", purpose, n)) for n in range(count)]
+        rows, columns = zip(*pairs, strict=True)
+        return torch.stack(rows), torch.stack(columns)
+
     def _generator(self, family: str, purpose: str, number: int) -> torch.Generator:
         text = f"{self.seed}/{purpose}/{family}/{number}".encode()
         value = 2166136261
@@ -204,5 +233,6 @@ class Backgrounds:
                     if source.shape[2:] != x.shape[2:]:
                         source = F.interpolate(source, size=x.shape[2:], mode="bilinear", align_corners=False)
                 draws.append(FAMILIES[family](source, mean, rng))
-            self._pools[key] = torch.cat(draws)
+            # pictures, as images are: 8 bits, which an exported explainer carries exactly
+            self._pools[key] = torch.cat(draws).mul(255).round().div(255)
         return self._pools[key]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from .data.preprocessing import Preprocessing
-from .errors import RequestError
-from .specs import Built, build, one_line
-from .taps import Tap, find_taps, first_tensor, recording, trace
+from .errors import RequestError, one_line
+from .layouts import Layout
+from .microbatch import MicroBatch
+from .specs import build
+from .taps import find_taps, mark_overwritten, recording
+from .targets import Target, parse_target
+from .tracing import trace
 from .weights import load_weights, state_digest
+from .zoos import Built
+
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel)
+PROBES = 2  # images in the pass that finds the taps: a lone one would hide which axis is the batch
 
 
 class Classifier:
@@ -29,7 +37,9 @@ class Classifier:
 
     preprocessing: how a decoded image becomes [C, H, W]; `mean`, `std` and `size` override or replace it.
     taps: names of the layers whose activations are matched; by default the stem and the last stage output at each
-    resolution. Raises RequestError when the model does not run on such an input or a name is unknown.
+    resolution. A DataParallel or compiled wrapper is taken off: `model` is what it wraps.
+    target: what of the output is explained, by default the class with the highest score (`minexp.targets`).
+    Raises RequestError when the model does not run on such an input or a name is unknown.
     """
 
     def __init__(
@@ -42,34 +52,48 @@ class Classifier:
         size: int | tuple[int, int] | None = None,
         class_names: Sequence[str] | None = None,
         taps: Sequence[str] | None = None,
+        target: Target | str = "top1",
     ) -> None:
-        self.model = model
+        self.model = model = unwrapped(model)
         self._depth = 0
+        # Compiled code passes hooks over in silence: such parts run as they were written.
+        self._compiled = any(map(_is_compiled, model.modules()))
+        self._micro_batch: MicroBatch | None = None
         self._macs: dict[tuple[int, int], int] = {}
         self.preprocessing = _preprocessing(model, preprocessing, mean, std, size)
+        self.target = parse_target(target) if isinstance(target, str) else target
         channels, height, width = self.input_shape
         with self.frozen(), torch.no_grad():
-            probe = torch.full((1, channels, height, width), 0.5, device=self.device)
+            probe = torch.full((PROBES, channels, height, width), 0.5, device=self.device)
             try:
-                output, records = trace(model, self._normalise(probe))
+                seen = trace(model, probe, self._call, lambda output: self._scores(output, PROBES))
+            except RequestError:
+                raise
             except Exception as error:
                 raise RequestError(
-                    f"{type(model).__name__} fails on an input of [1,{channels},{height},{width}] "
+                    f"{type(model).__name__} fails on an input of [{PROBES},{channels},{height},{width}] "
                     f"({one_line(error)}); give the size and channels it was made for"
                 ) from error
-        self.num_classes: int = _scores(output, model, 1).shape[1]
+            found = find_taps(model, seen, PROBES, (height, width), taps)
+            self._taps = mark_overwritten(model, found, lambda: self._call(probe))
+        self.num_classes: int = self._scores(seen.output, PROBES).shape[1]
         if class_names is not None and len(class_names) != self.num_classes:
             raise RequestError(
                 f"{len(class_names)} class names for a model with {self.num_classes} outputs; give one for each"
             )
         names = range(self.num_classes) if class_names is None else class_names
         self.class_names: tuple[str, ...] = tuple(str(name) for name in names)
-        self._taps: tuple[Tap, ...] = find_taps(model, records, taps, height == width)
+        self.target = self.target.bound(self.class_names)
 
     @property
     def taps(self) -> tuple[str, ...]:
         """Names of the tapped layers, in the order of `features`."""
         return tuple(tap.name for tap in self._taps)
+
+    @property
+    def layouts(self) -> tuple[Layout, ...]:
+        """Layout of each tapped layer's output: where its grid is, and how many tokens are ahead of it."""
+        return tuple(tap.layout for tap in self._taps)
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -85,14 +109,28 @@ class Classifier:
     def to(self, device: torch.device | str) -> Classifier:
         """Move the model; returns this classifier."""
         self.model.to(device)
+        self._micro_batch = None
         return self
 
     @property
+    def micro_batch(self) -> MicroBatch:
+        """How many images go through the model at once, for every job on this device."""
+        if self._micro_batch is None:
+            self._micro_batch = MicroBatch.for_input(self.input_shape, self.device.type)
+        return self._micro_batch
+
+    @property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of the weights, the preprocessing and the taps; computed anew, so that it never lags."""
+        """SHA-256 (hex) of weights, preprocessing, taps and target; computed anew, so that it never lags."""
         settings = {"preprocessing": self.preprocessing.to_json(), "taps": self.taps}
+        if self.target.key() != Target().key():
+            settings["target"] = self.target.key()
         text = state_digest(self.model.state_dict()) + json.dumps(settings, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+    def _call(self, x: Tensor) -> Any:
+        with torch.compiler.set_stance("force_eager") if self._compiled else nullcontext():
+            return self.model(self._normalise(x))
 
     @contextmanager
     def frozen(self) -> Iterator[nn.Module]:
@@ -123,22 +161,25 @@ class Classifier:
     def logits(self, x: Tensor) -> Tensor:
         """Class scores [B, K] of x [B, C, H, W] in pixel space; differentiable in x."""
         with self.frozen():
-            return _scores(self.model(self._normalise(x)), self.model, len(x))
+            return self._scores(self._call(x), x.shape[0])
 
     def probabilities(self, x: Tensor) -> Tensor:
         """Softmax of the class scores, [B, K]."""
         return self.logits(x).softmax(1)
 
     def features(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Class scores [B, K] and the taps' activations, each [B, C_l, positions...]; differentiable in x."""
+        """Class scores [B, K] and the taps' activations, [B,C,h,w], tokens as [B,C,N], vectors as [B,C].
+
+        Differentiable in x. `layouts[l].spatial(features[l])` is the map of a transformer's image tokens.
+        """
         with self.frozen(), recording(self.model, self._taps) as outputs:
-            scores = _scores(self.model(self._normalise(x)), self.model, len(x))
+            scores = self._scores(self._call(x), x.shape[0])
             missing = [tap.name for tap in self._taps if tap.name not in outputs]
             if missing:
                 raise RequestError(
                     f"the forward pass did not reach the tapped layer '{missing[0]}'; tap another"
                 )
-            return scores, [tap.arrange(outputs[tap.name]) for tap in self._taps]
+            return scores, [tap.layout.arrange(outputs[tap.name]) for tap in self._taps]
 
     def macs(self, size: tuple[int, int] | None = None) -> int:
         """Multiply-adds of one forward pass on one image of (H, W), convolutions and matrix products counted."""
@@ -151,6 +192,18 @@ class Classifier:
                 self.logits(x)
             self._macs[size] = counter.get_total_flops() // 2
         return self._macs[size]
+
+    def _scores(self, output: Any, batch: int) -> Tensor:
+        """The [B, K] scores that the target finds in what the model returned."""
+        scores, name, least = self.target.scores(output), type(self.model).__name__, self.target.outputs
+        if scores is None or scores.ndim != 2 or scores.shape[0] != batch or scores.shape[1] < least:
+            shape = "no tensor" if scores is None else str(list(scores.shape))
+            single = scores is not None and scores.numel() == batch
+            hint = "; for one output give --target binary or --target value" if single else ""
+            raise RequestError(
+                f"{name} returned {shape} for {batch} image(s); a classifier gives [B,K] scores, K ≥ {least}{hint}"
+            )
+        return scores
 
     def _normalise(self, x: Tensor) -> Tensor:
         settings = self.preprocessing
@@ -179,12 +232,14 @@ def load_classifier(
     spec: str,
     *,
     weights: str | Path | None = None,
+    ema: bool = False,
     num_classes: int | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     size: int | tuple[int, int] | None = None,
     class_names: Sequence[str] | None = None,
     taps: Sequence[str] | None = None,
+    target: Target | str | None = None,
     device: torch.device | str = "cpu",
     trust_model: bool = False,
 ) -> Classifier:
@@ -192,14 +247,17 @@ def load_classifier(
 
     spec: `torchvision:NAME`, `timm:NAME`, `hf:PATH_OR_ID`, `package.module:factory` or `file.py:factory`.
     weights: a .safetensors file, or a .pth file that needs no pickle; without it, torchvision, timm and Hugging
-    Face models come with their own weights (downloaded on first use). Preprocessing and labels are the source's
+    Face models come with their own weights (downloaded on first use). ema: take a checkpoint's averaged weights
+    where it holds both. Preprocessing and labels are the source's
     own where it has them; `mean`, `std`, `size` and `class_names` override them. A factory is called with no
-    argument, or with `num_classes`, and returns a module or a Classifier.
+    argument, or with `num_classes`, and returns a module or a Classifier. target: what of the output is explained, as
+    `minexp.targets` or as the command line writes it.
     Raises RequestError, one line with the way out, for whatever cannot be loaded.
     """
     built = build(spec, num_classes=num_classes, pretrained=weights is None, trust_model=trust_model)
     if isinstance(built, Classifier):
         taps = built.taps if taps is None else taps
+        target = built.target if target is None else target
         built = Built(built.model, built.preprocessing, built.class_names)
     elif isinstance(built, nn.Module):
         built = Built(built)
@@ -208,22 +266,39 @@ def load_classifier(
             f"{spec} returned {type(built).__name__}; a factory returns a torch.nn.Module or a Classifier"
         )
     if weights is not None:
-        load_weights(built.model, Path(weights))
+        load_weights(built.model, Path(weights), ema=ema)
     try:
         built.model.to(device)
     except (RuntimeError, AssertionError) as error:
         raise RequestError(
             f"device '{device}' is not usable ({one_line(error)}); give --device cpu"
         ) from error
+    target = parse_target(target) if isinstance(target, str) else target or Target()
     return Classifier(
         built.model,
         preprocessing=built.preprocessing,
         mean=mean,
         std=std,
         size=size,
-        class_names=built.class_names if class_names is None else class_names,
+        class_names=class_names if class_names is not None or not target.of_classes else built.class_names,
         taps=taps,
+        target=target,
     )
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside DataParallel, DistributedDataParallel, torch.compile and AveragedModel wrappers."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, _WRAPPERS):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
 
 
 def _preprocessing(
@@ -237,35 +312,16 @@ def _preprocessing(
         size = (size, size)
     if given is None:
         first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
-        channels = len(mean or std or ()) or (first.in_channels if first is not None else 3)
+        takes = 1 if first is not None and first.in_channels == 1 else 3
+        channels = len(mean or std or ()) or takes
         return Preprocessing(
             size=size or (224, 224),
             mean=tuple(mean or (0.0,) * channels),
             std=tuple(std or (1.0,) * channels),
             channels=channels,
         )
-    changes: dict[str, Any] = {}
-    if mean is not None:
-        changes["mean"] = tuple(mean)
-    if std is not None:
-        changes["std"] = tuple(std)
     if size is not None and size != given.size:
-        scale = min(size) / min(given.size)
-        resize = None if given.resize is None else max(max(size), round(given.resize * scale))
-        changes |= {"size": size, "resize": resize}
-    return replace(given, **changes) if changes else given
-
-
-def _scores(output: Any, model: nn.Module, batch: int) -> Tensor:
-    """The [B, K] scores in whatever the model returned (a tensor, a tuple, an object with `.logits`)."""
-    scores = getattr(output, "logits", None)
-    if not isinstance(scores, Tensor):
-        scores = output.get("logits") if isinstance(output, Mapping) else None
-    if not isinstance(scores, Tensor):
-        scores = first_tensor(output)
-    if scores is None or scores.ndim != 2 or scores.shape[0] != batch or scores.shape[1] < 2:
-        shape = "no tensor" if scores is None else str(list(scores.shape))
-        raise RequestError(
-            f"{type(model).__name__} returned {shape} for {batch} image(s); a classifier gives [B,K] scores, K ≥ 2"
-        )
-    return scores
+        given = given.resized(size)
+    if mean is not None or std is not None:
+        given = replace(given, mean=tuple(mean or given.mean), std=tuple(std or given.std))
+    return given

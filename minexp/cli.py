@@ -17,6 +17,12 @@ from .commands import COMMANDS
 from .commands.base import DONE, INTERRUPTED, REQUEST, TERMINATED, Command
 from .errors import MinexpError, RequestError
 
+_EXTRAS = {
+    **dict.fromkeys(("torch", "safetensors"), "torch"),
+    **dict.fromkeys(("onnx", "onnxscript", "spox"), "export"),
+    "onnxruntime": "onnx",
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Exit code 0 done, 2 the request was wrong, 3 done in part, 4 damaged data, 130 interrupted."""
@@ -35,6 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MinexpError as error:
         print(f"minexp: {error}", file=sys.stderr)
         return error.exit_code
+    except ModuleNotFoundError as error:
+        if error.name not in _EXTRAS:
+            raise
+        extra = _EXTRAS[error.name]
+        print(f"minexp: {error.name} is not installed; pip install 'minexp[{extra}]'", file=sys.stderr)
+        return REQUEST
     except OSError as error:
         if error.filename is None:
             raise

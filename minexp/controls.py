@@ -33,9 +33,9 @@ def wrong_class(
         rival = target.logits.topk(2, 1).indices[:, 1]
         # the rival takes the label's place in the scores that are to be matched as well
         logits = target.logits.clone()
-        logits.scatter_(1, rival[:, None], target.logits.gather(1, target.label[:, None]))
-        logits.scatter_(1, target.label[:, None], target.logits.gather(1, rival[:, None]))
-        wrong = replace(target, label=rival, logits=logits)
+        logits.scatter_(1, rival[:, None], target.logits.gather(1, target.decision[:, None]))
+        logits.scatter_(1, target.decision[:, None], target.logits.gather(1, rival[:, None]))
+        wrong = replace(target, decision=rival, logits=logits)
         settings = replace(settings, objective=replace(settings.objective, act=0))
         *_, p = descend(judge, x, wrong, settings, None, numbers)
         flat = p.flatten(1)

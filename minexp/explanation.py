@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -14,16 +13,18 @@ import torch
 from torch import Tensor
 
 from .backgrounds import GREY, Backgrounds
-from .certify import PER_FAMILY, Certificate, certify
+from .certificate import Certificate
+from .certify import PER_FAMILY, certify
 from .classifier import Classifier
-from .data.store import pack_mask
 from .errors import MinexpError, RequestError
 from .judge import Judge
 from .masker import Masker
+from .microbatch import MicroBatch
 from .minimise import Minimisation
 from .objective import PRESETS, Match
 from .predicate import Predicate
 from .refine import Refinement
+from .repair import Repair
 from .search import EFFORTS, Effort, Search
 
 if TYPE_CHECKING:
@@ -68,24 +69,10 @@ class Explanation:
 
     def rows(self) -> list[dict[str, Any]]:
         """One row an image with the store's columns, but for where the image came from."""
-        rows = []
-        for mask, certificate in zip(self.masks.cpu().numpy(), self.certificates, strict=True):
-            row = asdict(certificate)
-            certified = row.pop("certified")
-            reason = row.pop("reason")
-            row["robust_families"] = row.pop("families")
-            packed = pack_mask(mask)
-            row |= {
-                "status": "certified" if certified else "uncertified",
-                "error": reason,
-                "ms": self.milliseconds,
-                "h": mask.shape[0],
-                "w": mask.shape[1],
-                "mask": packed,
-                "mask_crc32": zlib.crc32(packed),
-            }
-            rows.append(row)
-        return rows
+        return [
+            certificate.row(mask, self.milliseconds)
+            for mask, certificate in zip(self.masks.cpu().numpy(), self.certificates, strict=True)
+        ]
 
     def plot(self, *, columns: int = 2, limit: int = 24) -> Image.Image:
         """Image → mask → kept image of the first ``limit`` images, with their certificates, as a Pillow picture."""
@@ -200,15 +187,16 @@ def explain(
     background: str | tuple[float, ...] = "mean",
     reference: Tensor | None = None,
     seed: int = 0,
-    micro_batch: int | None = None,
+    micro_batch: MicroBatch | int | None = None,
     backgrounds: Backgrounds | None = None,
     fresh: int | None = None,
     refinement: Refinement | None = None,
     minimisation: Minimisation | None = None,
     preset: str = "default",
     match: Match | None = None,
+    repair: Repair | None = None,
 ) -> Explanation:
-    """Explain the top class of every image of x, float [B,C,H,W] in [0,1].
+    """Explain the decision (by default the top class) of every image of x, float [B,C,H,W] in [0,1].
 
     effort "fast": the masker's mask, repaired where the predicate fails; "refined": optimised per image, from
     the masker's output or, without a masker, from keep-all; "minimal": reduced from there until no single cell can
@@ -216,9 +204,9 @@ def explain(
     contradict the predicate is searched again with more draws and certified anew. fresh: draws a family in the
     certificate, by default 1 for fast and 5 for the others. preset, match: objective of the per-image search
     (objective.PRESETS) and how it compares activations; "paper" is the published recipe, a network trained for every
-    image, whose masks are certified as they come. ``backgrounds`` are made once a job from ``seed``
-    (make_backgrounds), so that the answer for an image does not depend on its batch; when given, they stand in for
-    ``background``, ``reference`` and ``seed``.
+    image, whose masks are certified as they come. repair: how a fast mask is repaired. ``backgrounds`` are made once
+    a job from ``seed`` (make_backgrounds), so that the answer for an image does not depend on its batch; when given,
+    they stand in for ``background``, ``reference`` and ``seed``.
     Raises MinexpError for scores that are not finite, RequestError for input that is not such a batch or a fast
     explanation without a masker.
     """
@@ -247,9 +235,10 @@ def explain(
     )
     fresh = FRESH[effort] if fresh is None else fresh
     with classifier.frozen():
-        search = Search(judge, x, logits, masker, effort, refinement, minimisation, preset, match)
+        search = Search(judge, x, logits, masker, effort, refinement, minimisation, preset, match, repair)
         found = search.find()
-        certificates = certify(search.judge, x, logits, found, per_family=fresh)
+        again_asked = search.repair.again
+        certificates = certify(search.judge, x, logits, found, per_family=fresh, again=again_asked)
         for attempt in range(1, RETRIES + 1 if preset != "paper" else 1):
             # what fresh draws contradict is searched again with more draws, and certified on draws fresh again
             again = [b for b, c in enumerate(certificates) if found.holds[b] and not c.certified]
@@ -266,7 +255,8 @@ def explain(
                 logits[index],
                 larger,
                 per_family=fresh,
-                purpose=f"certificate {attempt + 1}",
+                first=attempt * fresh,
+                again=again_asked,
             )
             for b, certificate in zip(again, new, strict=True):
                 certificates[b] = certificate
@@ -283,7 +273,7 @@ def bind(
     background: str | tuple[float, ...] = "mean",
     reference: Tensor | None = None,
     seed: int = 0,
-    micro_batch: int | None = None,
+    micro_batch: MicroBatch | int | None = None,
     backgrounds: Backgrounds | None = None,
 ) -> tuple[Judge, Tensor, Tensor]:
     """The judge of a request, the images where the classifier is, and the classifier's scores of them [B,K]."""

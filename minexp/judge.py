@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain, repeat
 
 import torch
@@ -13,15 +13,10 @@ from torch import Tensor
 
 from .backgrounds import POOL, RANDOM, Backgrounds
 from .classifier import Classifier
+from .microbatch import MicroBatch
 from .predicate import Predicate, Question, Sufficient
 
 WAVE = 4  # checks of one image asked at once: one draw a family
-
-
-def default_micro_batch(shape: tuple[int, int, int], device: str = "cpu") -> int:
-    """Images a classifier call: few enough to stay in a CPU's cache, enough to fill a GPU."""
-    pixels = shape[1] * shape[2]
-    return max(8, min(128, 2**18 // pixels)) if device == "cpu" else max(16, min(1024, 2**23 // pixels))
 
 
 def dilate(mask: Tensor) -> Tensor:
@@ -58,18 +53,24 @@ class Judge:
         backgrounds: Backgrounds,
         *,
         question: Question | None = None,
-        micro_batch: int | None = None,
+        micro_batch: MicroBatch | int | None = None,
     ) -> None:
         self.classifier, self.predicate, self.backgrounds = classifier, predicate, backgrounds
         self.question: Question = Sufficient() if question is None else question
-        self.micro_batch = micro_batch or default_micro_batch(classifier.input_shape, classifier.device.type)
+        micro_batch = classifier.micro_batch if micro_batch is None else micro_batch
+        self.micro_batch = MicroBatch(micro_batch) if isinstance(micro_batch, int) else micro_batch
+        self.target = classifier.target
         self._empty: dict[torch.Size, Tensor] = {}
 
+    @property
+    def claim(self) -> str:
+        """What the predicate asks, in words."""
+        return self.predicate.claim(str(self.target))
+
     def stricter(self, factor: int) -> Judge:
-        """The same judge with that many times the sets of draws; what it accepts, this one accepts."""
-        predicate = replace(self.predicate, repeats=self.predicate.repeats * factor)
+        """The same judge with that many times the draws; where masks may pass early, what it accepts passes here."""
         other = copy.copy(self)  # which shares what is known of the empty image
-        other.predicate = predicate
+        other.predicate = self.predicate.stricter(factor)
         return other
 
     def about(self, question: Question) -> Judge:
@@ -81,12 +82,12 @@ class Judge:
     @torch.no_grad()
     def logits(self, x: Tensor) -> Tensor:
         """Class scores of x, a micro-batch at a time."""
-        scores = []
-        for part in x.split(self.micro_batch):
-            # kernels for one image round differently: it goes beside a copy, which no count of evaluations includes
-            together = part if len(part) > 1 else part.repeat(2, 1, 1, 1)
-            scores.append(self.classifier.logits(together)[: len(part)])
-        return torch.cat(scores)
+        return torch.cat(list(self.micro_batch.run(self._scores, x)))
+
+    def _scores(self, x: Tensor) -> Tensor:
+        # kernels for one image round differently: it goes beside a copy, which no count of evaluations includes
+        together = x if len(x) > 1 else x.repeat(2, 1, 1, 1)
+        return self.classifier.logits(together)[: len(x)]
 
     @property
     def checks(self) -> int:
@@ -100,28 +101,28 @@ class Judge:
         number = torch.arange(self.checks, device=self.classifier.device) - plain
         return (number < 0) | (number % predicate.draws < predicate.early)
 
-    def holds(self, x: Tensor, label: Tensor, mask: Tensor, *, hints: Tensor | None = None) -> Verdict:
+    def holds(self, x: Tensor, decision: Tensor, mask: Tensor, *, hints: Tensor | None = None) -> Verdict:
         """Does the predicate hold for masks [B,1,H,W] (bool) of x?
 
         Checks are asked in waves, and an image whose verdict is known is not asked again. hints [B,D]: checks with
         high ones are asked first, which changes no verdict but may find it sooner.
         """
-        return self._ask(x, label, mask, self._useful, hints)
+        return self._ask(x, decision, mask, self._useful, hints)
 
-    def passes(self, x: Tensor, label: Tensor, mask: Tensor, checks: Tensor, hints: Tensor) -> Verdict:
+    def passes(self, x: Tensor, decision: Tensor, mask: Tensor, checks: Tensor, hints: Tensor) -> Verdict:
         """Do masks [B,1,H,W] of x pass all of these checks [B,D]? Cheaper than the predicate, and not the same."""
 
         def useful(margins: Tensor) -> tuple[Tensor, Tensor]:
             open_, bad = checks & margins.isnan(), (checks & (margins <= 0)).any(1)
             return open_ & ~bad[:, None], ~open_.any(1) & ~bad
 
-        return self._ask(x, label, mask, useful, hints)
+        return self._ask(x, decision, mask, useful, hints)
 
     @torch.no_grad()
     def _ask(
         self,
         x: Tensor,
-        label: Tensor,
+        decision: Tensor,
         mask: Tensor,
         useful: Callable[[Tensor], tuple[Tensor, Tensor]],
         hints: Tensor | None,
@@ -142,7 +143,7 @@ class Judge:
             asked = torch.zeros_like(wanted).scatter_(1, ranked, True) & wanted
             image, check = asked.nonzero(as_tuple=True)
             found = self._check(x, mask, image, check)
-            margins[image, check] = self._margin(found, label[image])
+            margins[image, check] = self._margin(found, decision[image])
             if scores is None:
                 scores = found.new_zeros(len(x), found.shape[1])
             plain = check == 0
@@ -162,7 +163,7 @@ class Judge:
             missed = asked & ~passed
             misses, early_missed = missed.sum(2), missed[..., : predicate.early].any(2)
             clean = passed[..., : predicate.early].all(2)
-            enough = misses + (~asked).sum(2) <= predicate.misses
+            enough = asked.all(2) & (misses <= predicate.misses)
             failed = early_missed & (misses > predicate.misses)
             asks = ~asked & ~(clean | enough | failed)[..., None]
             asks[..., predicate.early :] &= early_missed[..., None]
@@ -173,8 +174,9 @@ class Judge:
 
     def _check(self, x: Tensor, mask: Tensor, image: Tensor, check: Tensor) -> Tensor:
         """Scores [N,K] of the checks numbered ``check`` [N] for the images numbered ``image`` [N]."""
-        plain, scores = 1 + self.predicate.dilated, []
-        for i, c in zip(image.split(self.micro_batch), check.split(self.micro_batch), strict=True):
+        plain = 1 + self.predicate.dilated
+
+        def some(i: Tensor, c: Tensor) -> Tensor:
             background = self.backgrounds.default(x).expand(len(i), *x.shape[1:])
             shown, drawn = mask[i], (c >= plain).nonzero().flatten()
             if len(drawn):
@@ -182,8 +184,9 @@ class Judge:
                 background[drawn] = self._draw(x[i[drawn]], c[drawn] - plain)
             if self.predicate.dilated:
                 shown = torch.where((c == 1)[:, None, None, None], dilate(shown), shown)
-            scores.append(self.logits(self.question.show(shown, x[i], background)))
-        return torch.cat(scores)
+            return self._scores(self.question.show(shown, x[i], background))
+
+        return torch.cat(list(self.micro_batch.run(some, image, check)))
 
     def _draw(self, x: Tensor, numbers: Tensor) -> Tensor:
         """The predicate's backgrounds [N,C,H,W] of these numbers [N]: the families in turn."""
@@ -200,27 +203,26 @@ class Judge:
                 ]
         return out
 
-    def _margin(self, scores: Tensor, label: Tensor) -> Tensor:
+    def _margin(self, scores: Tensor, decision: Tensor) -> Tensor:
         """[N], positive where a check is passed."""
         if self.predicate.kind == "score":
-            reached = scores.softmax(1).gather(1, label[:, None])[:, 0] >= self.predicate.tau
+            reached = self.target.confidence(scores, decision) >= self.predicate.tau
             return torch.where(reached, 1.0, -1.0)
-        return self.question.margin(scores, label)
+        return self.question.margin(self.target, scores, decision)
 
     @torch.no_grad()
     def kept_on(
         self,
         x: Tensor,
-        label: Tensor,
+        decision: Tensor,
         mask: Tensor,
         draws: Sequence[tuple[str, int | Tensor]],
         purpose: str,
         pool: int = POOL,
     ) -> Tensor:
         """[B, len(draws)]: is the question answered on each (family, number or numbers [B]) background?"""
-        kept = torch.empty(len(x), len(draws), dtype=torch.bool, device=x.device)
-        block = max(1, self.micro_batch // len(draws))
-        for part in torch.arange(len(x)).split(block):  # on the CPU: it indexes numbers there, too
+
+        def block(part: Tensor) -> Tensor:
             filled = []
             for family, number in draws:
                 picks = number[part] if isinstance(number, Tensor) else torch.full((len(part),), number)
@@ -228,14 +230,15 @@ class Judge:
                     family, x[part], picks[:, None], purpose=purpose, pool=pool
                 )[:, 0]
                 filled.append(self.question.show(mask[part], x[part], background))
-            scores = self.logits(torch.cat(filled))
-            margin = self.question.margin(scores, label[part].repeat(len(draws)))
-            kept[part] = (margin > 0).view(len(draws), -1).T
-        return kept
+            scores, wanted = self.logits(torch.cat(filled)), torch.cat([decision[part]] * len(draws))
+            return (self.question.margin(self.target, scores, wanted) > 0).view(len(draws), len(part)).T
+
+        places = torch.arange(len(x))  # on the CPU: it indexes numbers there, too
+        return torch.cat(list(self.micro_batch.run(block, places, times=len(draws))))
 
     def empty(self, x: Tensor) -> Tensor:
-        """Class probabilities [K] of the default background alone; one evaluation a job."""
+        """Scores [K] of the default background alone; one evaluation a job."""
         if x.shape[1:] not in self._empty:
             blank = self.backgrounds.default(x).expand(1, *x.shape[1:])
-            self._empty[x.shape[1:]] = self.logits(blank).softmax(1)[0]
+            self._empty[x.shape[1:]] = self.logits(blank)[0]
         return self._empty[x.shape[1:]]

@@ -46,14 +46,14 @@ class Minimisation:
 
 
 def minimise(
-    judge: Judge, x: Tensor, label: Tensor, start: Masks, settings: Minimisation = Minimisation()
+    judge: Judge, x: Tensor, decision: Tensor, start: Masks, settings: Minimisation = Minimisation()
 ) -> Masks:
     """Masks within ``start`` that hold, and no single cell of which can go, where ``minimal_at`` says so.
 
     A mask of ``start`` that does not hold is returned as it is. The answer for an image depends on nothing else.
     """
     side = settings.side(x.shape)
-    search = _Search(judge, x, label, start, settings)
+    search = _Search(judge, x, decision, start, settings)
     with judge.classifier.frozen():
         search.probe()
         for level in reversed(range(settings.levels)):
@@ -87,8 +87,10 @@ class _Search:
     leave it one after another (``step`` says when), until it is settled how many of them may.
     """
 
-    def __init__(self, judge: Judge, x: Tensor, label: Tensor, start: Masks, settings: Minimisation) -> None:
-        self.judge, self.x, self.label, self.settings = judge, x, label, settings
+    def __init__(
+        self, judge: Judge, x: Tensor, decision: Tensor, start: Masks, settings: Minimisation
+    ) -> None:
+        self.judge, self.x, self.decision, self.settings = judge, x, decision, settings
         self.masks, self.scores = start.masks.clone(), start.scores.clone()
         self.spent = start.evaluations.clone()
         self.limit = None if settings.max_evals is None else start.evaluations + settings.max_evals
@@ -106,11 +108,11 @@ class _Search:
 
     def ask(self, index: Tensor, candidates: Tensor, checks: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Which candidates [n,1,H,W] for the images ``index`` [n] hold, or pass ``checks`` [n,D]; and their scores."""
-        x, label, hints = self.x[index], self.label[index], self.hints[index]
+        x, decision, hints = self.x[index], self.decision[index], self.hints[index]
         if checks is None:
-            found = self.judge.holds(x, label, candidates, hints=hints)
+            found = self.judge.holds(x, decision, candidates, hints=hints)
         else:
-            found = self.judge.passes(x, label, candidates, checks, hints)
+            found = self.judge.passes(x, decision, candidates, checks, hints)
         first = torch.ones_like(
             index, dtype=torch.bool
         )  # of an image's candidates, which come one after another
@@ -125,7 +127,7 @@ class _Search:
         if len(active):
             early = self.judge.early().expand(len(active), -1)
             found = self.judge.passes(
-                self.x[active], self.label[active], self.masks[active], early, self.hints[active]
+                self.x[active], self.decision[active], self.masks[active], early, self.hints[active]
             )
             self.hints[active] = harder(found.margins, self.hints[active])
             self.spent[active] += found.spent
@@ -251,8 +253,8 @@ class _Search:
         Averaged over the default background and one random one.
         """
         judge, active = self.judge, self.active()
-        for part in active.split(judge.micro_batch):
-            x, label, mask = self.x[part], self.label[part], self.masks[part].float()
+        for part in judge.micro_batch.run(lambda part: part, active):
+            x, decision, mask = self.x[part], self.decision[part], self.masks[part].float()
             picks = torch.zeros(len(part), 1, dtype=torch.long)
             random = judge.backgrounds.draw(RANDOM[0], x, picks, purpose="minimise")[:, 0]
             total = torch.zeros_like(mask)
@@ -261,8 +263,8 @@ class _Search:
                 shown = value * x + (1 - value) * background
                 # beside a copy where it is alone: kernels for one image round differently
                 together = shown if len(part) > 1 else shown.repeat(2, 1, 1, 1)
-                score = F.log_softmax(judge.classifier.logits(together)[: len(part)], 1)
-                (gradient,) = torch.autograd.grad(score.gather(1, label[:, None]).sum(), value)
+                scores = judge.classifier.logits(together)[: len(part)]
+                (gradient,) = torch.autograd.grad(-judge.target.loss(scores, decision).sum(), value)
                 total += gradient * mask
             self.importance[part] = total
         self.spent[active] += 2 * GRADIENT

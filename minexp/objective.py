@@ -18,7 +18,6 @@ from ._ops import KLTarget, activation_kl
 from .classifier import Classifier
 from .errors import RequestError
 
-TEMPERATURE = 2.0  # of the output KL
 Match = Literal["kl", "mse", "cosine", "off"]
 
 
@@ -83,9 +82,9 @@ def layer_weights(objective: Objective, layers: int) -> list[float]:
 
 @dataclass(frozen=True)
 class Target:
-    """What the explanation has to reproduce, computed once from the whole image: label, scores, activations."""
+    """What the explanation has to reproduce, computed once from the whole image: decision, scores, activations."""
 
-    label: Tensor
+    decision: Tensor
     logits: Tensor
     features: KLTarget | list[Tensor]
 
@@ -99,7 +98,7 @@ def make_target(classifier: Classifier, x: Tensor, objective: Objective, *, reus
     cached = (
         KLTarget(features, axis=objective.axis) if reused and objective.match == "kl" and features else None
     )
-    return Target(logits.argmax(1), logits, features if cached is None else cached)
+    return Target(classifier.target.decide(logits), logits, features if cached is None else cached)
 
 
 def activation_match(objective: Objective, target: Target, features: Sequence[Tensor]) -> Tensor:
@@ -164,9 +163,9 @@ def evaluate_terms(
     both, features = classifier.features(torch.cat([explained, shifted]))
     logits, random_logits = both[:b], both[b:]
     values = {
-        "ce": F.cross_entropy(logits, target.label, reduction="none"),
-        "kl": output_kl(target.logits, logits),
-        "rob": F.cross_entropy(random_logits, target.label, reduction="none"),
+        "ce": classifier.target.loss(logits, target.decision),
+        "kl": classifier.target.divergence(target.logits, logits),
+        "rob": classifier.target.loss(random_logits, target.decision),
         "area": mask.mean((1, 2, 3)),
         "crisp": (p - p * p).mean((1, 2, 3)),
         "tv": total_variation(mask),
@@ -174,14 +173,8 @@ def evaluate_terms(
     if objective.match != "off" and objective.act:
         values["act"] = activation_match(objective, target, [layer[:b] for layer in features])
     with torch.no_grad():
-        kept, robust = logits.argmax(1) == target.label, random_logits.argmax(1) == target.label
+        kept, robust = (classifier.target.kept(scores, target.decision) for scores in (logits, random_logits))
     return Terms(values, kept, robust)
-
-
-def output_kl(target: Tensor, logits: Tensor, temperature: float = TEMPERATURE) -> Tensor:
-    """KL(softmax(target/T) ‖ softmax(logits/T))·T² per image: [B]."""
-    a, b = F.log_softmax(target / temperature, 1), F.log_softmax(logits / temperature, 1)
-    return (a.exp() * (a - b)).sum(1) * temperature**2
 
 
 class AreaDual:

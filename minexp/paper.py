@@ -105,7 +105,7 @@ def optimise(
                 optimiser.step()
             with torch.no_grad():
                 mask = torch.sigmoid(model(image)) > 0.5
-            verdict = judge.holds(image, target.label, mask)
+            verdict = judge.holds(image, target.decision, mask)
             spent = verdict.spent + 2 * 2 * steps + 1
             level = torch.full((1,), 0.5, device=x.device)
             found.append(Masks(mask, verdict.ok, level, spent, verdict.scores, torch.zeros_like(spent)))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from .errors import RequestError
+from .targets import Target
 
 
 class Question(Protocol):
@@ -23,38 +24,32 @@ class Question(Protocol):
     def show(self, mask: Tensor, x: Tensor, background: Tensor) -> Tensor:
         """What a mask [B,1,H,W] (bool) leaves of x [B,C,H,W]."""
 
-    def margin(self, scores: Tensor, label: Tensor) -> Tensor:
-        """By how much scores [B,K] answer the question about the class label [B]: [B], positive where they do."""
-
-
-def lead(scores: Tensor, label: Tensor) -> Tensor:
-    """The label's score less the best of the others; [B], positive where the label is the top class."""
-    own = scores.gather(1, label[:, None])
-    return (own - scores.scatter(1, label[:, None], -torch.inf).amax(1, keepdim=True))[:, 0]
+    def margin(self, target: Target, scores: Tensor, decision: Tensor) -> Tensor:
+        """By how much scores [B,K] answer it, given the decisions [B,...] of whole images: [B], > 0 where they do."""
 
 
 class Sufficient:
-    """Are these pixels enough for the class?"""
+    """Are these pixels enough for the decision?"""
 
     by_all = True
 
     def show(self, mask: Tensor, x: Tensor, background: Tensor) -> Tensor:
         return torch.where(mask, x, background)
 
-    def margin(self, scores: Tensor, label: Tensor) -> Tensor:
-        return lead(scores, label)
+    def margin(self, target: Target, scores: Tensor, decision: Tensor) -> Tensor:
+        return _signed(target.kept(scores, decision), target.confidence(scores, decision))
 
 
 class Necessary:
-    """Does the class go when these pixels go?"""
+    """Does the decision go when these pixels go?"""
 
-    by_all = False  # an empty image may have the class, too
+    by_all = False  # it may be that of an empty image, too
 
     def show(self, mask: Tensor, x: Tensor, background: Tensor) -> Tensor:
         return torch.where(mask, background, x)
 
-    def margin(self, scores: Tensor, label: Tensor) -> Tensor:
-        return -lead(scores, label)
+    def margin(self, target: Target, scores: Tensor, decision: Tensor) -> Tensor:
+        return _signed(~target.kept(scores, decision), 1 - target.confidence(scores, decision))
 
 
 @dataclass(frozen=True)
@@ -63,20 +58,26 @@ class Contrast(Sufficient):
 
     rival: int
 
-    def margin(self, scores: Tensor, label: Tensor) -> Tensor:
-        return scores.gather(1, label[:, None])[:, 0] - scores[:, self.rival]
+    def margin(self, target: Target, scores: Tensor, decision: Tensor) -> Tensor:
+        return scores.gather(1, decision[:, None])[:, 0] - scores[:, self.rival]
+
+
+def _signed(yes: Tensor, confidence: Tensor) -> Tensor:
+    """Positive where yes, and the larger the more confident; for a confidence in [0, 1] never across zero."""
+    return torch.where(yes, confidence.clamp_min(1e-6), (confidence - 1).clamp_max(-1e-6))
 
 
 @dataclass(frozen=True)
 class Predicate:
     """When does a mask explain a decision? A deterministic function of (image, mask) for one job's backgrounds.
 
-    kind "top1": argmax f(e) is the image's class on the default background; "score": p_y(e) ≥ tau;
-    "robust": top-1 kept, and kept on at least the share ``rho`` of ``draws`` random backgrounds of the training
-    families (those of which two draws differ; the mean colour is the default background). The draws have an order,
-    and ``early`` of them without a miss are enough (a double sampling plan: Dodge and Romig 1929); ``acceptance``
-    says what that proves. ``repeats`` sets of draws, each new, have to agree: for searches that try many masks.
-    dilated: the class has to stay as well when the mask grows by one pixel on all sides.
+    kind "top1": the classifier's target is kept on the default background, by default argmax f(e) = the image's class;
+    "score": its confidence, by default p_y(e), is at least tau; "robust": kept there, and on at least the share ``rho``
+    of ``draws`` random backgrounds of the training families (those of which two draws differ; the mean colour is the
+    default background). The draws have an order, and ``early`` of them without a miss are enough (a double sampling
+    plan: Dodge and Romig 1929); ``acceptance`` says what that proves. ``repeats`` sets of draws, each new, have to
+    agree: for searches that try many masks. dilated: the decision has to stay as well when the mask grows by one pixel
+    on all sides.
     """
 
     kind: Literal["top1", "score", "robust"] = "robust"
@@ -117,8 +118,19 @@ class Predicate:
                 accepted, running[0] = running[0], 0.0
         return float((accepted + sum(running)) ** self.repeats)
 
-    def __str__(self) -> str:
-        text = "top-1 kept"
+    def stricter(self, factor: int) -> Predicate:
+        """The same predicate on that many times the draws: new sets of them or, without an early pass, a larger set."""
+        if self.early >= self.draws:
+            return replace(self, draws=self.draws * factor, early=self.early * factor)
+        return replace(self, repeats=self.repeats * factor)
+
+    def thorough(self) -> Predicate:
+        """The same without an early pass: every mask that holds has been asked all draws."""
+        return replace(self, early=self.draws)
+
+    def claim(self, kept: str = "top-1 kept") -> str:
+        """What it asks, in words; `kept` says when the decision is kept."""
+        text = kept
         if self.kind == "score":
             text = f"p >= {self.tau:g}"
         elif self.kind == "robust":
@@ -128,3 +140,6 @@ class Predicate:
             if self.repeats > 1:
                 text += f", {self.repeats} times"
         return text + (", also dilated" if self.dilated else "")
+
+    def __str__(self) -> str:
+        return self.claim()

@@ -16,7 +16,7 @@ from .judge import Judge
 from .masker import Masker
 from .minimise import Minimisation, minimise
 from .predicate import Contrast, Necessary
-from .repair import Masks, local_order, threshold_masks
+from .repair import SPARING, Masks, local_order, threshold_masks
 
 NOT_ENOUGH = "the pixels that no other explanation uses are not enough"
 FROM_ALL = 3  # grids that a mask of everything is reduced on, the coarsest first
@@ -50,7 +50,7 @@ def multiple(
     found = [explain(classifier, x, masker, **options)]
     judge, x, logits = bind(classifier, x, masker, **_known(options))
     judge = judge.stricter(2)
-    label, used = logits.argmax(1), found[0].masks.clone()
+    label, used = judge.target.decide(logits), found[0].masks.clone()
     open_ = torch.tensor([c.certified for c in found[0].certificates], device=x.device)
     settings = options.get("minimisation") or Minimisation(levels=FROM_ALL)
     with classifier.frozen():
@@ -87,7 +87,7 @@ def contrast(
             f"class {rival} of {classifier.num_classes}; give 0 to {classifier.num_classes - 1}"
         )
     judge, x, logits = bind(classifier, x, masker, **_known(options))
-    label = logits.argmax(1)
+    label = judge.target.decide(logits)
     if (label == rival).any():
         raise RequestError(
             f"an image is classified as {classifier.class_names[rival]} itself; ask about another class"
@@ -102,7 +102,7 @@ def necessary(classifier: Classifier, x: Tensor, masker: Masker | None = None, *
     """What must be there? The fewest pixels whose removal takes the class away, on the predicate's backgrounds."""
     judge, x, logits = bind(classifier, x, masker, **_known(options))
     judge = judge.about(Necessary())
-    found = _reduced(judge, x, logits.argmax(1), masker, options.get("minimisation"))
+    found = _reduced(judge, x, judge.target.decide(logits), masker, options.get("minimisation"))
     return Removal(
         found.masks[:, 0] & found.holds[:, None, None],
         found.holds,
@@ -118,7 +118,7 @@ def _reduced(
     """1-minimal masks: from a level set of the masker's output, or from everything."""
     with judge.classifier.frozen():
         if masker is not None:
-            start = threshold_masks(judge, x, label, local_order(masker.probabilities(x)), bisections=0)
+            start = threshold_masks(judge, x, label, local_order(masker.probabilities(x)), settings=SPARING)
         else:
             whole = torch.ones_like(x[:, :1], dtype=torch.bool)
             verdict = judge.holds(x, label, whole)

@@ -59,8 +59,8 @@ def refine(
         for step, p in enumerate(descend(judge, x, target, settings, start, numbers)):
             hard = step >= settings.objective.soft * settings.steps
             if hard and (step + 1) % settings.check == 0 and step + 1 < settings.steps:
-                best = _keep_smaller(best, _tried(judge, x, target.label, p))
-        best = _keep_smaller(best, threshold_masks(judge, x, target.label, p, tighten=True))
+                best = _keep_smaller(best, _tried(judge, x, target.decision, p))
+        best = _keep_smaller(best, threshold_masks(judge, x, target.decision, p, tighten=True))
     # a gradient step is two images forward and as much again backward; the target is one more forward
     return replace(best, evaluations=best.evaluations + 2 * 2 * settings.steps + 1)
 
@@ -130,9 +130,9 @@ def _adam(value: Tensor, gradient: Tensor, moments: list[Tensor], step: int, lr:
         value -= lr * unbiased / scale
 
 
-def _tried(judge: Judge, x: Tensor, label: Tensor, p: Tensor) -> Masks:
+def _tried(judge: Judge, x: Tensor, decision: Tensor, p: Tensor) -> Masks:
     mask = p > 0.5
-    verdict = judge.holds(x, label, mask)
+    verdict = judge.holds(x, decision, mask)
     level = torch.full((len(x),), 0.5, device=x.device)
     return Masks(mask, verdict.ok, level, verdict.spent, verdict.scores, torch.zeros_like(verdict.spent))
 

@@ -15,15 +15,12 @@ from .masker import Masker
 from .minimise import Minimisation, minimise
 from .objective import PRESETS, Match
 from .refine import Refinement, refine
-from .repair import Masks, growth_order, local_order, threshold_masks
+from .repair import SPARING, Masks, Repair, growth_order, local_order, threshold_masks
 
 Effort = Literal["fast", "refined", "minimal"]
 EFFORTS: tuple[Effort, ...] = ("fast", "refined", "minimal")
 # Sets of the predicate's draws that have to agree. One that tries many masks finds some that suit the draws by chance.
 REPEATS = {"fast": 1, "refined": 2, "minimal": 6}
-# A masker's masks hold on average; a quarter more pixels spares most of them a repair, and evaluations with it.
-START = 1.25
-GROW = 1.1  # the least an enlarged mask gains
 
 
 class Search:
@@ -40,9 +37,11 @@ class Search:
         minimisation: Minimisation | None = None,
         preset: str = "default",
         match: Match | None = None,
+        repair: Repair | None = None,
     ) -> None:
         self.judge = judge.stricter(REPEATS[effort])
-        self.x, self.label, self.masker, self.effort = x, logits.argmax(1), masker, effort
+        self.x, self.decision = x, judge.target.decide(logits)
+        self.masker, self.effort, self.repair = masker, effort, repair or SPARING
         self.published = None if preset != "paper" else PRESETS["paper"]
         if refinement is None:
             refinement = Refinement(steps=60 if effort == "minimal" else 120)
@@ -58,16 +57,15 @@ class Search:
     def find(self) -> Masks:
         """Masks that satisfy the predicate, where any do."""
         index = torch.arange(len(self.x), device=self.x.device)
-        return Masks.cat([self._find(part) for part in index.split(self.judge.micro_batch)])
+        return Masks.cat(list(self.judge.micro_batch.run(self._find, index)))
 
     def _find(self, index: Tensor) -> Masks:
-        x, label = self.x[index], self.label[index]
+        x, decision = self.x[index], self.decision[index]
         p = None if self.masker is None else self.masker.probabilities(x)
         if self.effort == "fast":
             assert p is not None
             self.order[index] = local_order(p)
-            least = ((p > 0.5).flatten(1).sum(1) * START).ceil().long()
-            return threshold_masks(self.judge, x, label, self.order[index], at_least=least, bisections=0)
+            return self._threshold(self.judge, x, decision, self.order[index], p)
         if self.published is not None:
             found = paper.optimise(self.judge, x, objective=self.published)
             self.order[index] = growth_order(found.masks)
@@ -76,12 +74,18 @@ class Search:
         start = None if p is None else torch.logit(p, 1e-4)
         found = refine(self.judge, x, self.refinement, start=start, numbers=numbers)
         self.order[index] = growth_order(found.masks)
-        return self._reduce(self.judge, x, label, found)
+        return self._reduce(self.judge, x, decision, found)
 
-    def _reduce(self, judge: Judge, x: Tensor, label: Tensor, found: Masks) -> Masks:
+    def _threshold(self, judge: Judge, x: Tensor, decision: Tensor, order: Tensor, p: Tensor) -> Masks:
+        least = None
+        if self.repair.start != 1:
+            least = ((p > 0.5).flatten(1).sum(1) * self.repair.start).ceil().long()
+        return threshold_masks(judge, x, decision, order, at_least=least, settings=self.repair)
+
+    def _reduce(self, judge: Judge, x: Tensor, decision: Tensor, found: Masks) -> Masks:
         if self.effort != "minimal":
             return found
-        return minimise(judge, x, label, found, self.minimisation)
+        return minimise(judge, x, decision, found, self.minimisation)
 
     def enlarge(self, index: Tensor, masks: Tensor, attempt: int) -> tuple[Judge, Masks]:
         """For images ``index`` [n] whose masks [n,1,H,W] fresh draws contradict: larger ones that hold on more draws.
@@ -89,8 +93,8 @@ class Search:
         Also the judge they satisfy, with 2**attempt times the draws.
         """
         judge = self.judge.stricter(2**attempt)
-        x, label = self.x[index], self.label[index]
-        at_least = (masks.flatten(1).sum(1) * GROW).ceil().long()
+        x, decision = self.x[index], self.decision[index]
+        at_least = (masks.flatten(1).sum(1) * self.repair.enlarge).ceil().long()
         order = torch.where(masks, 1 + self.order[index], self.order[index])
-        larger = threshold_masks(judge, x, label, order, at_least=at_least, bisections=0)
-        return judge, self._reduce(judge, x, label, larger)
+        larger = threshold_masks(judge, x, decision, order, at_least=at_least, settings=self.repair)
+        return judge, self._reduce(judge, x, decision, larger)

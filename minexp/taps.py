@@ -1,198 +1,261 @@
-"""Which layers of a model are compared, and their outputs laid out as [B, C, positions...]."""
+"""Which layers of a model are compared, chosen by where the decision passes."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, nn
 
 from .errors import RequestError
+from .layouts import Grid, Layout, certain_grids, find_layout
+from .tracing import Record, Trace, first_tensor, hooked
 
-Layout = Literal["channels_first", "channels_last", "tokens", "vector"]
+AT_LEAST = 5  # taps of a model that has so many blocks
+_LINEAR = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-_BEFORE_ACTIVATION = (nn.Conv2d, nn.Linear, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+_PASSING = (nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout)
 
 
 @dataclass(frozen=True)
 class Tap:
-    """One tapped layer: where it is and how its output is laid out."""
+    """One tapped layer. name: the module's, with "@2" behind it for the second call of a module used again.
+
+    overwritten: a later in-place operation changes the output, so that it has to be copied.
+    """
 
     name: str
     layout: Layout
-    overwritten: bool  # a later in-place operation changes the output, so it has to be copied
+    overwritten: bool = False
 
-    def arrange(self, output: Tensor) -> Tensor:
-        """The output as [B, C, positions...] ([B, F] for a vector)."""
-        if self.layout == "channels_last":
-            return output.permute(0, 3, 1, 2)
-        return output.transpose(1, 2) if self.layout == "tokens" else output
+    @property
+    def module(self) -> str:
+        """The module's name in the model."""
+        return self.name.partition("@")[0]
 
-
-@dataclass
-class _Record:
-    name: str
-    output: Tensor
-    version: int
-    calls: int = 1
-
-
-def first_tensor(output: Any) -> Tensor | None:
-    """The tensor of interest in what a module returned (a tensor, a tuple, a mapping or an output object)."""
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(output, dict):
-        output = list(output.values())
-    if isinstance(output, (tuple, list)):
-        return next((found for item in output if (found := first_tensor(item)) is not None), None)
-    return None
-
-
-@contextmanager
-def hooked(model: nn.Module, names: Sequence[str], hook: Any) -> Iterator[None]:
-    """Call `hook(name, output)` after each named module; every hook is gone afterwards, whatever happened."""
-    handles = []
-    try:
-        for name in names:
-            module = model.get_submodule(name)
-            handles.append(
-                module.register_forward_hook(lambda _module, _input, output, name=name: hook(name, output))
-            )
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    @property
+    def call(self) -> int | None:
+        """Which call of the module is tapped, counted from 1; None for its last."""
+        _, _, number = self.name.partition("@")
+        return int(number) if number else None
 
 
 @contextmanager
 def recording(model: nn.Module, taps: Sequence[Tap]) -> Iterator[dict[str, Tensor]]:
-    """Collect the taps' outputs (last call of a module wins) in the dictionary that is yielded."""
+    """Collect the taps' outputs, by their names, in the dictionary that is yielded."""
     outputs: dict[str, Tensor] = {}
-    copied = {tap.name for tap in taps if tap.overwritten}
+    seen: dict[str, int] = {}
+    wanted: dict[str, list[Tap]] = {}
+    for tap in taps:
+        wanted.setdefault(tap.module, []).append(tap)
 
-    def keep(name: str, output: Any) -> None:
+    def keep(module: str, output: Any) -> None:
+        seen[module] = seen.get(module, 0) + 1
         tensor = first_tensor(output)
-        if tensor is not None:
-            outputs[name] = tensor.clone() if name in copied else tensor
+        for tap in wanted[module]:
+            if tensor is not None and tap.call in (None, seen[module]):
+                outputs[tap.name] = tensor.clone() if tap.overwritten else tensor
 
-    with hooked(model, [tap.name for tap in taps], keep):
+    with hooked(model, list(wanted), keep):
         yield outputs
 
 
-def trace(model: nn.Module, x: Tensor) -> tuple[Any, dict[str, _Record]]:
-    """One forward pass: the model's output, and each module's last output in the order they finished."""
-    records: dict[str, _Record] = {}
+@dataclass(frozen=True, eq=False)
+class _Point:
+    """A place where a layer could be tapped. resolution: its grid, or its number of tokens where they form none.
 
-    def keep(name: str, output: Any) -> None:
-        tensor = first_tensor(output)
-        if tensor is not None:
-            calls = records.pop(name).calls + 1 if name in records else 1
-            records[name] = _Record(name, tensor, tensor._version, calls)
+    block: its module is made of others. inside: it is a step in a block that changes the
+    resolution, ahead of the change.
+    """
 
-    with hooked(model, [name for name, _ in model.named_modules() if name], keep):
-        output = model(x)
-    return output, records
+    record: Record
+    module: nn.Module
+    layout: Layout
+    resolution: tuple[int, ...]
+    inside: bool = False
 
-
-def _layout(output: Tensor, square: bool) -> Layout | None:
-    if output.ndim == 4:
-        last = square and output.shape[1] == output.shape[2] != output.shape[3]
-        return "channels_last" if last else "channels_first"
-    return {2: "vector", 3: "tokens"}.get(output.ndim)  # type: ignore[return-value]
-
-
-def _positions(record: _Record, square: bool) -> tuple[int, ...] | None:
-    """The spatial shape of a feature map (or the number of tokens); None where there is no more than one."""
-    layout = _layout(record.output, square)
-    if layout in (None, "vector"):
-        return None
-    shape = tuple(Tap(record.name, layout, False).arrange(record.output).shape[2:])
-    return shape if max(shape) > 1 else None
+    @property
+    def block(self) -> bool:
+        return any(True for _ in self.module.children())
 
 
 def find_taps(
-    model: nn.Module, records: dict[str, _Record], names: Sequence[str] | None, square: bool
+    model: nn.Module, trace: Trace, batch: int, size: Grid, names: Sequence[str] | None = None
 ) -> tuple[Tap, ...]:
-    """The named taps, or the automatic choice: the stem and the last stage output at each resolution.
+    """The named taps, or the automatic choice: the stem, the end of each resolution, and blocks evenly between.
 
-    `records` is what `trace` saw; `square` says that the traced input had equal height and width.
-    Raises RequestError for a name that is not a module of the model or that yields no usable tensor.
+    trace: of a pass over `batch` images of size (H, W). Chosen are outputs that every path to the scores passes, so
+    that no branch of a block is taken for a stage; where branches run in parallel up to the end, any on a path.
+    Raises RequestError for a name that is no module of the model or that gives no usable tensor.
     """
-    chosen = list(names) if names is not None else _stages(model, records, square)
-    known = dict(model.named_modules())
-    taps = []
-    for name in chosen:
-        if not name or name not in known:
-            near = difflib.get_close_matches(name, list(known), n=4, cutoff=0.4)
-            hint = ", ".join(near or [item for item in known if item][:8])
-            raise RequestError(f"no layer '{name}' to tap in {type(model).__name__}; near: {hint}")
-        layout = _layout(records[name].output, square) if name in records else None
-        if layout is None:
-            raise RequestError(
-                f"layer '{name}' gives no [B,C,...] tensor in a forward pass; tap another layer"
-            )
-        taps.append(Tap(name, layout, records[name].output._version != records[name].version))
-    if len(set(chosen)) != len(chosen):
-        raise RequestError(f"a layer is tapped twice: {', '.join(chosen)}; name each once")
-    return tuple(taps)
+    modules = dict(model.named_modules())
+    grids = certain_grids(((modules[record.name], record.shape) for record in trace.records), size)
+    layouts = {
+        record: find_layout(modules[record.name], record.shape, grids, size)
+        for record in trace.records
+        if record.shape[:1] == (batch,)
+    }
+    if names is not None:
+        if len(set(names)) != len(names):
+            raise RequestError(f"a layer is tapped twice: {', '.join(names)}; name each once")
+        return tuple(_named(modules, layouts, name) for name in names)
+    points = _points(modules, trace, layouts, trace.waypoints)
+    if len(points) < 2:
+        points = _outermost(_points(modules, trace, layouts, trace.path)) or points
+    if points:
+        return tuple(Tap(_label(trace, point.record), point.layout) for point in _stages(points))
+    return tuple(Tap(record.name, layout) for record, layout in _hidden_layers(modules, trace, layouts))
 
 
-def _units(model: nn.Module, records: dict[str, _Record], square: bool, prefix: str = "") -> list[str]:
-    """Blocks and stages along the trunk, in order of execution.
+def mark_overwritten(model: nn.Module, taps: Sequence[Tap], run: Callable[[], Any]) -> tuple[Tap, ...]:
+    """The taps, told which of their outputs `run`, a forward pass of the model, changes in place afterwards."""
+    with recording(model, taps) as outputs:
+        versions: dict[str, int] = {}
 
-    A plain container, and whatever spans more than one change of resolution, is opened; a block that merely
-    starts at one resolution and ends at the next stays whole, so that no layer inside it is taken for a stage.
+        def note(module: str, _output: Any) -> None:
+            versions.update({name: t._version for name, t in outputs.items() if name not in versions})
+
+        with hooked(model, list(dict.fromkeys(tap.module for tap in taps)), note):
+            run()
+        changed = {name for name, tensor in outputs.items() if tensor._version != versions[name]}
+    return tuple(replace(tap, overwritten=tap.name in changed) for tap in taps)
+
+
+def _label(trace: Trace, record: Record) -> str:
+    return record.name if trace.calls[record.name] == 1 else f"{record.name}@{record.call}"
+
+
+def _named(modules: dict[str, nn.Module], layouts: dict[Record, Layout | None], name: str) -> Tap:
+    tap = Tap(name, Layout("vector"))
+    if not tap.module or tap.module not in modules:
+        near = difflib.get_close_matches(tap.module, list(modules), n=4, cutoff=0.4)
+        hint = ", ".join(near or [item for item in modules if item][:8])
+        raise RequestError(f"no layer '{name}' to tap in {type(modules['']).__name__}; near: {hint}")
+    calls = [record for record in layouts if record.name == tap.module]
+    record = next((record for record in reversed(calls) if tap.call in (None, record.call)), None)
+    layout = None if record is None else layouts[record]
+    if layout is None:
+        raise RequestError(f"layer '{name}' gives no [B,C,...] tensor in a forward pass; tap another layer")
+    return replace(tap, layout=layout)
+
+
+def _points(
+    modules: dict[str, nn.Module], trace: Trace, layouts: dict[Record, Layout | None], nodes: Container[Any]
+) -> list[_Point]:
+    """Outputs at these nodes that have several positions, in order; of modules that give the same one, the outermost.
+
+    Resolution only falls on the way to the scores: what has more positions than an output before it (the fixed grid
+    of a pooling, say) is left out.
     """
-    units = []
-    for child, module in model.named_children():
-        name = prefix + child
-        inside = {
-            _positions(record, square)
-            for key, record in records.items()
-            if key == name or key.startswith(name + ".")
-        } - {None}
-        own = _positions(records[name], square) if name in records else None
-        opened = len(inside) > 2 or (len(inside) == 2 and type(module) in _CONTAINERS)
-        if inside and (opened or own is None) and any(True for _ in module.children()):
-            units += _units(module, records, square, name + ".")
-        elif own is not None and records[name].calls == 1:
-            units.append(name)
-    order = {name: place for place, name in enumerate(records)}
-    return sorted(units, key=order.__getitem__)
+    groups: dict[Any, list[Record]] = {}
+    for record in trace.records:
+        if record.node in nodes:
+            groups.setdefault(record.node, []).append(record)
+    points = []
+    for records in groups.values():
+        inner = records[0].name
+        outer = min((r for r in records if f"{inner}.".startswith(f"{r.name}.")), key=lambda r: len(r.name))
+        module, layout = modules[outer.name], layouts.get(outer)
+        resolution = None if layout is None else _resolution(layout, outer.shape)
+        if layout is not None and resolution is not None and not isinstance(module, _PASSING):
+            points.append(_Point(outer, module, layout, resolution))
+    points.sort(key=lambda point: trace.waypoints.get(point.record.node, 0))
+    fewest, falling = math.inf, []
+    for point in points:
+        if math.prod(point.resolution) <= fewest:
+            falling.append(point)
+            fewest = math.prod(point.resolution)
+    return [point for point in _marked(falling, trace) if math.prod(point.resolution) > 1]
 
 
-def _stages(model: nn.Module, records: dict[str, _Record], square: bool) -> list[str]:
-    units = _units(model, records, square)
-    if not units:
-        return _hidden_layers(model, records)
-    last = {_positions(records[name], square): name for name in units}
-    stem = next(
-        (name for name in units if not isinstance(model.get_submodule(name), _BEFORE_ACTIVATION)), units[0]
-    )
-    names = []
-    for name in units:
-        if name == stem or name in last.values():
-            parent = name.rpartition(".")[0]
-            while parent in records and records[parent].output is records[name].output:
-                name, parent = parent, parent.rpartition(".")[0]
-            names.append(name)
-    return list(dict.fromkeys(names))
+def _resolution(layout: Layout, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """What tells stages apart: the grid, or the number of tokens; None for a vector or an odd shape."""
+    return layout.grid or (shape[1:2] if layout.kind == "tokens" else None)
 
 
-def _hidden_layers(model: nn.Module, records: dict[str, _Record]) -> list[str]:
+def _marked(points: Sequence[_Point], trace: Trace) -> list[_Point]:
+    """The points, those told that lie inside a block which starts at one resolution and ends at the next.
+
+    A part with branches of its own is a block itself, wherever it lies.
+    """
+    branches = [r.name for r in trace.records if r.node in trace.path and r.node not in trace.waypoints]
+    blocks = {
+        f"{point.record.name}.": point.resolution
+        for point in points
+        if point.block and type(point.module) not in _CONTAINERS
+    }
+    spans = {
+        prefix: {end} | {p.resolution for p in points if p.record.name.startswith(prefix)}
+        for prefix, end in blocks.items()
+    }
+
+    def inside(point: _Point) -> bool:
+        name = point.record.name
+        within = (p for p in spans if name.startswith(p) and len(spans[p]) == 2)
+        return any(blocks[prefix] != point.resolution for prefix in within) and not any(
+            branch.startswith(f"{name}.") for branch in branches
+        )
+
+    return [replace(point, inside=inside(point)) for point in points]
+
+
+def _outermost(points: Sequence[_Point]) -> list[_Point]:
+    blocks = tuple(f"{p.record.name}." for p in points if p.block and type(p.module) not in _CONTAINERS)
+    return [p for p in points if p.block and not p.record.name.startswith(blocks)]
+
+
+def _stages(points: Sequence[_Point]) -> list[_Point]:
+    """The stem, the last point of each resolution, and further blocks of the resolution that has most."""
+    groups: dict[tuple[int, ...], list[_Point]] = {}
+    for point in points:
+        groups.setdefault(point.resolution, []).append(point)
+    outside = {key: [p for p in group if not p.inside] or group for key, group in groups.items()}
+    blocks = {key: [p for p in group if p.block] for key, group in outside.items()}
+    chosen = {(blocks[key] or group)[-1] for key, group in outside.items()}
+    chosen.add(_stem(next(iter(outside.values()))))
+    longest = [point for point in max(blocks.values(), key=len) if point not in chosen]
+    missing = AT_LEAST - len(chosen)
+    if missing > 0 and longest:  # blocks of one resolution, as a vision transformer's: at even depths
+        parts = missing + 1
+        chosen |= {longest[part * (len(longest) + 1) // parts - 1] for part in range(1, parts)}
+    return [point for point in points if point in chosen]
+
+
+def _stem(points: Sequence[_Point]) -> _Point:
+    """The first of these that is an activation or a patch embedding, with the module it begins."""
+    stem = next((p for p in points if not _before_activation(p)), points[0])
+    for parent in points:
+        first = next(p for p in points if f"{p.record.name}.".startswith(f"{parent.record.name}."))
+        if f"{stem.record.name}.".startswith(f"{parent.record.name}.") and first is points[0]:
+            stem = parent
+    return stem
+
+
+def _before_activation(point: _Point) -> bool:
+    """Is it a plain linear layer, other than one that cuts the image into patches?"""
+    conv = point.module if isinstance(point.module, nn.Conv2d) else None
+    patches = conv is not None and conv.stride == conv.kernel_size and max(conv.stride) > 1
+    return isinstance(point.module, _LINEAR) and not point.block and not patches
+
+
+def _hidden_layers(
+    modules: dict[str, nn.Module], trace: Trace, layouts: dict[Record, Layout | None]
+) -> list[tuple[Record, Layout]]:
     """For a model without feature maps: every leaf that computes something, but for the last (the logits)."""
-    passing = (nn.Flatten, nn.Identity, nn.Dropout)
     leaves = [
-        name
-        for name, record in records.items()
-        if record.calls == 1
-        and record.output.ndim in (2, 3)
-        and not any(True for _ in model.get_submodule(name).children())
-        and not isinstance(model.get_submodule(name), passing)
+        (record, layout)
+        for record, layout in layouts.items()
+        if layout is not None
+        and trace.calls[record.name] == 1
+        and not any(True for _ in modules[record.name].children())
+        and not isinstance(modules[record.name], _PASSING)
     ]
     if len(leaves) < 2:
-        raise RequestError(f"no layer to tap found in {type(model).__name__}; name them with taps=[...]")
+        raise RequestError(
+            f"no layer to tap found in {type(modules['']).__name__}; name them with taps=[...]"
+        )
     return leaves[:-1]

@@ -26,6 +26,7 @@ from .data.files import replacing
 from .data.sources import ImageSource
 from .errors import RequestError
 from .masker import Architecture, Masker, straight_through
+from .microbatch import out_of_memory
 from .objective import AreaDual, Objective, evaluate_terms, make_target, preset
 
 REFERENCES = 32  # images stored with the masker, for the backgrounds of explanations
@@ -90,7 +91,7 @@ def fit(
         tqdm(total=steps, initial=run.step, desc="masker", disable=None if progress else True) as bar,
     ):
         while run.step < steps:
-            record = run.advance()
+            record = _advance(run)
             bar.update()
             if record.step % 10 == 0:
                 bar.set_postfix(
@@ -207,6 +208,18 @@ class _Run:
         self.curve.append(record)
         self.step += 1
         return record
+
+
+def _advance(run: _Run) -> Step:
+    try:
+        return run.advance()
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        # another batch is another training: it is for the caller to choose
+        raise RequestError(
+            f"not enough memory for a step on {run.batch} images; give --batch {max(2, run.batch // 2)}"
+        ) from error
 
 
 class _Checkpoint:

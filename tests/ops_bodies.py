@@ -12,6 +12,7 @@ from minexp._ops import kernel_status
 
 _REFERENCES = {
     "activation_kl": _kl.activation_kl_reference,
+    "activation_kl_gradients": _kl.activation_kl_gradients_reference,
     "activation_kl_backward": _kl.activation_kl_backward_reference,
     "edge_topk": _edges.edge_topk_reference,
     "edge_threshold": _edges.edge_threshold_reference,

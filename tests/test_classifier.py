@@ -99,7 +99,7 @@ def test_the_model_is_as_it_was_afterwards(model: Net, method: str, fail: bool) 
 
 def test_building_a_classifier_on_a_failing_model_leaves_no_hook(model: Net) -> None:
     model.fail = True
-    with pytest.raises(RequestError, match=r"\[1,3,16,16\].*on purpose.*size and channels"):
+    with pytest.raises(RequestError, match=r"\[2,3,16,16\].*on purpose.*size and channels"):
         Classifier(model, size=16)
     assert hooks(model) == 0 and model.training
 
@@ -163,7 +163,7 @@ def test_wrong_inputs_and_outputs_are_one_line_requests(model: Net) -> None:
         with pytest.raises(RequestError, match=r"give float \[B,3,H,W\]") as caught:
             classifier.logits(x)
         assert "\n" not in str(caught.value)
-    with pytest.raises(RequestError, match=r"Sequential returned \[1, 6, 16, 16\]"):
+    with pytest.raises(RequestError, match=r"Sequential returned \[2, 6, 16, 16\]"):
         Classifier(nn.Sequential(nn.Conv2d(3, 6, 3, padding=1)), size=16)
 
 
@@ -173,3 +173,27 @@ def test_models_that_wrap_their_scores() -> None:
             return {"hidden": x, "logits": super().forward(x)}
 
     assert Classifier(Wrapped(), size=16).logits(torch.rand(2, 3, 16, 16)).shape == (2, 4)
+
+
+def test_parallel_and_compiled_wrappers_come_off(model: Net) -> None:
+    x = torch.rand(3, 3, 16, 16)
+    wanted = Classifier(model, size=16).features(x)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    for wrapped in (nn.DataParallel(model), torch.compile(nn.DataParallel(model), backend="eager"), average):
+        classifier = Classifier(wrapped, size=16)
+        assert type(classifier.model) is Net
+        torch.testing.assert_close(classifier.features(x)[1], wanted[1])
+    assert Classifier(nn.DataParallel(model), size=16).fingerprint == Classifier(model, size=16).fingerprint
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_hooks_reach_into_compiled_parts(model: Net, nested: bool) -> None:
+    x, outer, prefix = torch.rand(3, 3, 16, 16), nn.Sequential(model), "0." if nested else ""
+    taps = [f"{prefix}relu", f"{prefix}stage1.0", f"{prefix}stage2.1"]
+    wanted = Classifier(outer if nested else model, size=16, taps=taps).features(x)
+    model.compile(backend="eager")
+    outer.eval()(x)
+    classifier = Classifier(outer if nested else model, size=16, taps=taps)
+    for _ in range(2):
+        classifier.logits(x)  # compiled by now, and without hooks
+    torch.testing.assert_close(classifier.features(x)[1], wanted[1])

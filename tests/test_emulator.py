@@ -237,7 +237,20 @@ def test_threshold_and_select_kernels(emulated, ties):
 
 @pytest.mark.parametrize(
     ("targets", "width", "groups", "kernel", "size", "stride", "padding", "dilation"),
-    [(6, 5, 1, (3, 3), (7, 6), (1, 1), (1, 1), (1, 1)), (10, 3, 2, (1, 2), (4, 9), (2, 1), (0, 2), (1, 3))],
+    [
+        (6, 5, 1, (3, 3), (7, 6), (1, 1), (1, 1), (1, 1)),
+        (10, 3, 2, (1, 2), (4, 9), (2, 1), (0, 2), (1, 3)),
+        (
+            18,
+            9,
+            1,
+            (5, 5),
+            (9, 11),
+            (1, 1),
+            (2, 2),
+            (1, 1),
+        ),  # more targets, taps and positions than one turn takes
+    ],
 )
 def test_position_kernel(emulated, targets, width, groups, kernel, size, stride, padding, dilation):
     weight, activation = features((targets, width, *kernel), (2, width * groups, *size))
@@ -247,10 +260,11 @@ def test_position_kernel(emulated, targets, width, groups, kernel, size, stride,
     spec = rows_spec(weight.flatten(1), activation.flatten(2)[:, :, 0].contiguous(), *masks)
     spec = (pointer(weight), pointer(activation), *spec[2:7], width, *spec[8:])
     numbers = [*kernel, *size, *stride, *padding, *dilation]
-    emulated.position(spec, numbers, k, pointer(values), pointer(indices), False)
     expected = _edges.edge_position_topk_reference(weight, activation, k, stride, padding, dilation, *masks)
-    torch.testing.assert_close(values, expected[0], rtol=1e-5, atol=1e-5)
-    assert torch.equal(indices, expected[1])
+    for op, backwards in itertools.product((emulated.position, emulated.position_few), (False, True)):
+        op(spec, numbers, k, pointer(values), pointer(indices), backwards)
+        torch.testing.assert_close(values, expected[0], rtol=1e-5, atol=1e-5)
+        assert torch.equal(indices, expected[1])
 
 
 def test_the_emulator_catches_what_it_should(emulated):

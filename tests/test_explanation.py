@@ -100,7 +100,7 @@ def test_certified_means_that_the_predicate_holds() -> None:
             assert certificate.kept and certificate.robust_train_high >= STRICT.rho and not certificate.reason
         else:
             assert certificate.reason
-    assert all(c.predicate == str(STRICT) for c in answer.certificates)
+    assert all(c.predicate.startswith(str(STRICT)) for c in answer.certificates)  # more draws where enlarged
 
 
 def test_the_known_pixel_is_explained() -> None:

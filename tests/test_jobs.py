@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from minexp.certify import Predicate
 from minexp.classifier import Classifier
 from minexp.data.sources import open_source
 from minexp.data.store import read_run, read_store, unpack_mask, verify_store
@@ -71,7 +72,7 @@ def stub(seen: list[list[float]] | None = None, fail: Callable[[Tensor], None] =
 
 
 def run(classifier: Classifier, folder: Path, out: Path, **options: Any) -> dict[str, Any]:
-    options = {"explain": stub(), "progress": False, "predicate": "top-1 kept"} | options
+    options = {"explain": stub(), "progress": False, "predicate": Predicate("top1")} | options
     return local.explain_dataset(classifier, open_source(folder), None, out, **options)
 
 
@@ -177,7 +178,12 @@ def test_a_finished_job_is_not_done_again_and_a_foreign_one_is_refused(
     again = run(classifier, folder, out, explain=stub(seen))
     assert seen == []
     assert again["rows"] == again["resumed"] == first["rows"] == 9
-    for options in ({"seed": 1}, {"background": "black"}, {"predicate": "another"}, {"effort": "refined"}):
+    for options in (
+        {"seed": 1},
+        {"background": "black"},
+        {"predicate": Predicate("score")},
+        {"effort": "refined"},
+    ):
         with pytest.raises(RequestError, match="another job"):
             run(classifier, folder, out, **options)
     other = Classifier(classifier.model, size=SIZE, mean=(0.5,) * 3)

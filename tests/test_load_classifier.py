@@ -1,8 +1,10 @@
 """SPECs and weights files: what loads, and one line with the way out for what does not."""
 
-import json
-import subprocess
+import argparse
+import re
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -79,7 +81,7 @@ def test_unknown_specs_name_the_forms_or_near_names(source: str) -> None:
     refused("", "unknown model")
     refused("no.such.module:net", "no module 'no.such.module'")
     refused("nothing.py:net", "no file nothing.py")
-    refused(f"{source}:nett", "no factory 'nett'; near: net")
+    refused(f"{source}:nett", "no function 'nett'; near: net")
     refused(f"{source}:broken", "failed .KeyError: 'no such thing'")
     refused(f"{source}:text", "returned str")
     refused(f"{source}:fixed", "takes no num_classes", num_classes=4)
@@ -93,8 +95,8 @@ def test_a_file_that_fails_when_imported(tmp_path: Path) -> None:
     refused(f"{path}:net", "bad.py fails when imported .ModuleNotFoundError")
 
 
-def test_formats_without_gradients_or_that_run_code_are_refused_with_the_reason(tmp_path: Path) -> None:
-    refused("model.onnx", "ONNX file gives no gradients")
+def test_formats_that_run_code_are_refused_with_the_reason(tmp_path: Path) -> None:
+    refused("model.onnx", "model.onnx is not there")
     refused("model.pt2", "runs code.*--trust-model")
     refused("model.pt2", "could not be loaded", trust_model=True)
     net = nn.Sequential(
@@ -124,6 +126,118 @@ def test_weights_files(source: str, tmp_path: Path, suffix: str, prefix: str, ne
         safetensors.torch.save_file(state, path)
     got = load_classifier(f"{source}:net", size=8, weights=path)
     assert got.fingerprint == wanted.fingerprint != load_classifier(f"{source}:net", size=8).fingerprint
+
+
+def plus_one(source: str) -> tuple[dict[str, torch.Tensor], Classifier]:
+    """The weights of the factory's model, all greater by one, and a classifier that has them."""
+    wanted = load_classifier(f"{source}:net", size=8)
+    for parameter in wanted.model.parameters():
+        parameter.data += 1
+    return dict(wanted.model.state_dict()), wanted
+
+
+@pytest.mark.parametrize(
+    ("wrap", "warns"),
+    [
+        (lambda s, old: {"model": s, "optimizer": {"state": {0: {"step": torch.ones(1)}}}, "epoch": 3}, None),
+        (lambda s, old: {"net": {"params": {f"module.backbone.{k}": v for k, v in s.items()}}}, None),
+        (
+            lambda s, old: {"_orig_mod." + k: v for k, v in s.items()} | {"n_averaged": torch.ones(1)},
+            "left aside",
+        ),
+        (
+            lambda s, old: {
+                "state_dict": {f"model.{k}": v for k, v in s.items()} | {"loss.weight": old["0.bias"]}
+            },
+            "loss.weight left aside; the model is in 'state_dict.model'",
+        ),
+        (
+            lambda s, old: {"state_dict": s, "state_dict_ema": old},
+            "'state_dict' is taken; --ema takes 'state_dict_ema'",
+        ),
+        (lambda s, old: {"state_dict_ema": s}, None),
+        (lambda s, old: {"args": argparse.Namespace(lr=0.1), "model": s}, None),
+        (lambda s, old: s | {"0.total_ops": torch.ones(1)}, None),
+    ],
+)
+def test_checkpoints_in_their_wrappers(
+    source: str,
+    tmp_path: Path,
+    recwarn: pytest.WarningsRecorder,
+    wrap: Callable[..., object],
+    warns: str | None,
+) -> None:
+    old = load_classifier(f"{source}:net", size=8).model.state_dict()
+    state, wanted = plus_one(source)
+    torch.save(wrap(state, old), tmp_path / "c.pth")
+    recwarn.clear()
+    got = load_classifier(f"{source}:net", size=8, weights=tmp_path / "c.pth")
+    assert got.fingerprint == wanted.fingerprint
+    said = [str(warning.message) for warning in recwarn]
+    assert len(said) == (warns is not None)
+    assert warns is None or warns in said[0]
+
+
+def test_averaged_weights_are_taken_when_asked_for(source: str, tmp_path: Path) -> None:
+    old = load_classifier(f"{source}:net", size=8)
+    state, wanted = plus_one(source)
+    plain = old.model.state_dict()
+    for content in (
+        {"model": plain, "model_ema": {f"module.{k}": v for k, v in state.items()}},
+        {
+            "state_dict": {f"net.{k}": v for k, v in plain.items()}
+            | {f"ema.module.{k}": v for k, v in state.items()}
+        },
+    ):
+        torch.save(content, tmp_path / "c.pth")
+        with pytest.warns(UserWarning, match="--ema takes|left aside"):
+            assert (
+                load_classifier(f"{source}:net", size=8, weights=tmp_path / "c.pth").fingerprint
+                == old.fingerprint
+            )
+        got = load_classifier(f"{source}:net", size=8, weights=tmp_path / "c.pth", ema=True)
+        assert got.fingerprint == wanted.fingerprint
+    torch.save(plain, tmp_path / "c.pth")
+    refused(
+        f"{source}:net", "no averaged weights; leave --ema out", size=8, weights=tmp_path / "c.pth", ema=True
+    )
+
+
+def test_weights_of_what_a_model_wraps(tmp_path: Path) -> None:
+    inner = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(4, 2))
+    outer = nn.ModuleDict(
+        {"backbone": nn.ModuleDict({"net": nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(4, 2))})}
+    )
+    torch.save(inner.state_dict(), tmp_path / "inner.pth")
+    load_weights(outer, tmp_path / "inner.pth")
+    for got, wanted in zip(outer.state_dict().values(), inner.state_dict().values(), strict=True):
+        assert torch.equal(got, wanted)
+
+
+def test_names_of_other_releases_are_converted_by_the_library(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    make = partial(timm.create_model, "convnext_atto", pretrained=False, num_classes=3, depths=(1, 1, 1, 1))
+    net = make()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.copy_(torch.rand(parameter.shape))
+    # the naming of the model's authors
+    renamed = {}
+    for name, value in net.state_dict().items():
+        name = name.replace("stem.0", "downsample_layers.0.0").replace("stem.1", "downsample_layers.0.1")
+        name = re.sub(r"stages\.(\d)\.downsample\.(\d)", r"downsample_layers.\1.\2", name)
+        name = re.sub(r"stages\.(\d)\.blocks\.(\d)", r"stages.\1.\2", name)
+        name = name.replace("conv_dw", "dwconv").replace("mlp.fc", "pwconv")
+        renamed[name.replace("head.fc.", "head.").replace("head.norm.", "norm.")] = value
+    torch.save({"model": renamed}, tmp_path / "released.pth")
+    other = make()
+    load_weights(other, tmp_path / "released.pth")
+    for got, wanted in zip(other.state_dict().values(), net.state_dict().values(), strict=True):
+        assert torch.equal(got, wanted)
+    renamed.pop("norm.weight")
+    torch.save({"model": renamed}, tmp_path / "released.pth")
+    with pytest.raises(RequestError, match=r"does not fit ConvNeXt: it lacks head.norm.weight"):
+        load_weights(other, tmp_path / "released.pth")
 
 
 def test_weights_that_need_a_pickle_are_refused_with_the_way_out(source: str, tmp_path: Path) -> None:
@@ -175,80 +289,6 @@ def test_missing_batch_counters_are_no_error(tmp_path: Path) -> None:
     load_weights(net, tmp_path / "bn.safetensors")
     assert net.running_mean is not None
     assert net.running_mean.tolist() == [1.0, 1.0]
-
-
-def test_torchvision_models_bring_their_preprocessing_and_labels(tmp_path: Path) -> None:
-    models = pytest.importorskip("torchvision.models")
-    torch.manual_seed(0)
-    safetensors.torch.save_file(models.resnet18(weights=None).state_dict(), tmp_path / "r.safetensors")
-    classifier = load_classifier("torchvision:resnet18", weights=tmp_path / "r.safetensors")
-    settings = classifier.preprocessing
-    assert (settings.size, settings.resize, settings.interpolation) == ((224, 224), 256, "bilinear")
-    assert settings.mean == (0.485, 0.456, 0.406)
-    assert classifier.class_names[0] == "tench" and classifier.num_classes == 1000
-    refused("torchvision:resnet19", "no classifier 'resnet19'; near: .*resnet18")
-    refused("torchvision:resnet18", "--num-classes 1000", weights=tmp_path / "r.safetensors", num_classes=7)
-
-
-def test_torchvision_imports_beside_a_torch_of_another_build(tmp_path: Path) -> None:
-    pytest.importorskip("torchvision")
-    # A fresh process, without what conftest.py declares.
-    code = (
-        "from minexp.specs import build\n"
-        "built = build('torchvision:resnet18', num_classes=None, pretrained=False, trust_model=False)\n"
-        "print(len(built.class_names))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.stdout.strip() == "1000", done.stderr
-
-
-def test_timm_models_bring_their_preprocessing(tmp_path: Path) -> None:
-    timm = pytest.importorskip("timm")
-    net = timm.create_model("resnet18", pretrained=False, num_classes=6)
-    torch.save(net.state_dict(), tmp_path / "t.pth")
-    classifier = load_classifier("timm:resnet18", weights=tmp_path / "t.pth", num_classes=6)
-    config = timm.data.resolve_model_data_config(net)
-    assert classifier.preprocessing.mean == config["mean"]
-    assert classifier.input_shape == config["input_size"]
-    assert classifier.taps == ("act1", "layer1", "layer2", "layer3", "layer4")
-    refused("timm:resnet_18", "timm has no model 'resnet_18'; near: .*resnet18")
-
-
-def test_hugging_face_folders_bring_preprocessing_and_labels(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.ResNetConfig(
-        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], id2label={0: "cat", 1: "dog", 2: "eel"}
-    )
-    net = transformers.ResNetForImageClassification(config)
-    net.save_pretrained(tmp_path / "net")
-    (tmp_path / "net" / "preprocessor_config.json").write_text(
-        json.dumps(
-            {
-                "image_processor_type": "ConvNextImageProcessor",
-                "do_resize": True,
-                "size": {"shortest_edge": 56},
-                "crop_pct": 0.875,
-                "resample": 3,
-                "do_normalize": True,
-                "image_mean": [0.1, 0.2, 0.3],
-                "image_std": [0.4, 0.5, 0.6],
-            }
-        )
-    )
-    classifier = load_classifier(f"hf:{tmp_path / 'net'}")
-    assert classifier.class_names == ("cat", "dog", "eel")
-    settings = classifier.preprocessing
-    assert (settings.size, settings.resize, settings.interpolation) == ((56, 56), 64, "bicubic")
-    assert settings.mean == (0.1, 0.2, 0.3)
-    x = torch.rand(2, 3, 56, 56)
-    logits, taps = classifier.features(x)
-    normalised = (x - torch.tensor(settings.mean).view(3, 1, 1)) / torch.tensor(settings.std).view(3, 1, 1)
-    torch.testing.assert_close(logits, net.eval()(normalised).logits)
-    assert len(taps) >= 2
-    refused(f"hf:{tmp_path / 'nothing'}", "could not be loaded")
-    (tmp_path / "net" / "model.safetensors").unlink()
-    torch.save(net.state_dict(), tmp_path / "net" / "pytorch_model.bin")
-    refused(f"hf:{tmp_path / 'net'}", "could not be loaded.*safetensors")
 
 
 def test_the_public_name() -> None:

@@ -20,7 +20,6 @@ from minexp.objective import (
     evaluate_terms,
     layer_weights,
     make_target,
-    output_kl,
     preset,
     total_variation,
 )
@@ -61,19 +60,6 @@ def test_total_variation_of_known_masks() -> None:
     board = (torch.arange(8)[:, None] + torch.arange(8)[None, :]).remainder(2).float().view(1, 1, 8, 8)
     assert total_variation(board).item() == 2.0
     assert total_variation(torch.ones(1, 1, 8, 8)).item() == 0.0
-
-
-def test_output_kl() -> None:
-    rng = torch.Generator().manual_seed(1)
-    a, b = 4 * torch.randn(5, 6, generator=rng), 4 * torch.randn(5, 6, generator=rng)
-    for temperature in (1.0, 2.0, 5.0):
-        expected = [
-            divergence(softmax(x, temperature), softmax(y, temperature)) * temperature**2
-            for x, y in zip(a.double().tolist(), b.double().tolist(), strict=True)
-        ]
-        torch.testing.assert_close(output_kl(a, b, temperature), torch.tensor(expected), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(output_kl(a, b), output_kl(a, b, 2.0))
-    torch.testing.assert_close(output_kl(a, a), torch.zeros(5))
 
 
 def slow_match(kind: str, a: Tensor, b: Tensor) -> float:
@@ -185,7 +171,7 @@ def test_robustness_reaches_every_weight_of_the_masker_that_is_live() -> None:
 def test_target_is_of_the_whole_image_and_carries_no_gradient() -> None:
     classifier, x = filters(), noise_images(3).requires_grad_(True)
     target = make_target(classifier, x, PLAIN, reused=False)
-    assert torch.equal(target.label, classifier.logits(x).argmax(1))
+    assert torch.equal(target.decision, classifier.logits(x).argmax(1))
     assert not target.logits.requires_grad
     off = make_target(classifier, x, replace(PLAIN, match="off"), reused=True)
     assert off.features == []

@@ -1,5 +1,7 @@
 import itertools
 import math
+from contextlib import nullcontext
+from unittest.mock import patch
 
 import hypothesis
 import pytest
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from minexp import KLTarget, RequestError, activation_kl
+from minexp import KLTarget, RequestError, _kl, activation_kl
 
 pytest_plugins = ["ops_bodies"]
 AXES = ["all", "spatial", "channel"]
@@ -63,28 +65,30 @@ def check(targets, inputs, *, cached=False, weights=None, **options):
     ).sum(0)
     first = KLTarget(targets, **options) if cached else targets
     options = {} if cached else options
-    total, layers = activation_kl(first, inputs, weights=weights, per_layer=True, **options)
-    assert total.dtype == layers.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    tolerance = TOLERANCE[dtype]
-    torch.testing.assert_close(layers.cpu().double(), expected, rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(
-        total.cpu().double(), total_expected, rtol=tolerance, atol=len(inputs) * tolerance
-    )
-    grads = torch.autograd.grad(total.sum(), inputs)
-    for x, got, want in zip(inputs, grads, gradients, strict=True):
-        assert got.dtype == dtype and got.shape == x.shape
-        scale = want.abs().max().item() if want.numel() else 0.0
-        coarse = {torch.bfloat16: 2**-8, torch.float16: 2**-11}.get(dtype, 0.0)
-        temperature = first.temperature if cached else options.get("temperature", 1.0)
-        rounding = (1e-14 if dtype == torch.float64 else 4e-6) / min(
-            1.0, temperature
-        )  # of two softmax values
+    for fused in (True, False):
+        with nullcontext() if fused else patch.object(_kl, "_fuses", return_value=False):
+            total, layers = activation_kl(first, inputs, weights=weights, per_layer=True, **options)
+            grads = torch.autograd.grad(total.sum(), inputs)
+        assert total.dtype == layers.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        tolerance = TOLERANCE[dtype]
+        torch.testing.assert_close(layers.cpu().double(), expected, rtol=tolerance, atol=tolerance)
         torch.testing.assert_close(
-            got.cpu().double(),
-            want,
-            rtol=coarse + tolerance,
-            atol=tolerance * scale + max(weights or [1]) * rounding,
+            total.cpu().double(), total_expected, rtol=tolerance, atol=len(inputs) * tolerance
         )
+        for x, got, want in zip(inputs, grads, gradients, strict=True):
+            assert got.dtype == dtype and got.shape == x.shape
+            scale = want.abs().max().item() if want.numel() else 0.0
+            coarse = {torch.bfloat16: 2**-8, torch.float16: 2**-11}.get(dtype, 0.0)
+            temperature = first.temperature if cached else options.get("temperature", 1.0)
+            rounding = (1e-14 if dtype == torch.float64 else 4e-6) / min(
+                1.0, temperature
+            )  # of two softmax values
+            torch.testing.assert_close(
+                got.cpu().double(),
+                want,
+                rtol=coarse + tolerance,
+                atol=tolerance * scale + max(weights or [1]) * rounding,
+            )
 
 
 @pytest.mark.parametrize("cached", [False, True])
@@ -178,6 +182,7 @@ def test_opcheck(device, cached):
     total, layers, state = torch.ops.minexp.activation_kl(first, plain, entropy, *options)
     arguments = first, plain, cached, state, torch.ones_like(total), torch.ones_like(layers), *options
     torch.library.opcheck(torch.ops.minexp.activation_kl_backward, arguments)
+    torch.library.opcheck(torch.ops.minexp.activation_kl_gradients, (first, plain, entropy, *options))
 
 
 @pytest.mark.parametrize("cached", [False, True])
@@ -299,6 +304,38 @@ def test_neither_batch_nor_threads_change_a_bit(device, request):
             assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
         assert alone.item() == answers[0][0][2].item()
     torch.testing.assert_close(alone[0], answers[0][0][2])
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("axis", AXES)
+def test_one_pass_finds_what_two_find(device, axis, cached):
+    """Gradients larger than the caches, whole rows to a thread and rows cut between two."""
+    targets, inputs = draw([(3, 1700, 1031), (3, 40)], device=device, spread=1.0)
+    target = KLTarget(targets, axis=axis)
+    first, entropy = (target.probabilities, target.entropy) if cached else (targets, None)
+    inputs = [x.detach() for x in inputs]
+    options = [1.0, 3.0], 1.0, axis
+    ops, threads, answers = torch.ops.minexp, torch.get_num_threads(), []
+    total, layers, state = ops.activation_kl(first, inputs, entropy, *options)
+    ones = torch.ones_like(total)
+    grads = ops.activation_kl_backward(first, inputs, cached, state, ones, None, *options)
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            answers.append(ops.activation_kl_gradients(first, inputs, entropy, *options))
+    finally:
+        torch.set_num_threads(threads)
+    for answer in answers:
+        torch.testing.assert_close(answer, (total, layers, grads), rtol=2e-5, atol=1e-7)
+
+
+def test_one_pass_is_scaled_by_what_comes_down(device):
+    targets, inputs = draw([(2, 3, 3), (2, 7)], device=device)
+    with patch.object(_kl, "_fuses", return_value=False):
+        expected = torch.autograd.grad((activation_kl(targets, inputs, weights=[2.0, 0.0]) * 3).sum(), inputs)
+    loss = (activation_kl(targets, inputs, weights=[2.0, 0.0]) * 3).sum()
+    for _ in range(2):  # the gradients that were kept stay as they are
+        torch.testing.assert_close(torch.autograd.grad(loss, inputs, retain_graph=True), expected)
 
 
 def test_cached_target_selects_images(device):

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minexp.classifier import Classifier
 from minexp.errors import RequestError
-from minexp.taps import hooked
+from minexp.tracing import hooked
 
 
 def small_cnn() -> nn.Sequential:
@@ -38,6 +39,11 @@ def test_a_plain_cnn_is_tapped_at_its_stem_and_at_the_end_of_each_resolution() -
             [48, 24, 12, 6, 3],
         ),
         (
+            "mobilenet_v2",
+            ("features.0", "features.1", "features.3", "features.6", "features.13", "features"),
+            [48, 48, 24, 12, 6, 3],
+        ),
+        (
             "densenet121",
             (
                 "features.relu0",
@@ -62,6 +68,90 @@ def test_automatic_taps_of_known_models(name: str, taps: tuple[str, ...], resolu
     _, features = classifier.features(torch.rand(2, 3, 96, 96))
     assert [feature.shape[2] for feature in features] == resolutions
     assert all(feature.shape[0] == 2 for feature in features)
+
+
+class Residual(nn.Module):
+    """Two stages of blocks, their ReLUs functional or one module used everywhere."""
+
+    def __init__(self, functional: bool) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, padding=1)
+        self.conv2 = nn.Conv2d(8, 8, 3, padding=1)
+        self.conv3 = nn.Conv2d(8, 12, 3, 2, 1)
+        self.conv4 = nn.Conv2d(12, 12, 3, padding=1)
+        self.relu = nn.ReLU(inplace=True)
+        self.head = nn.Linear(12, 3)
+        self.functional = functional
+
+    def act(self, x: Tensor) -> Tensor:
+        return F.relu(x, inplace=True) if self.functional else self.relu(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.conv1(x))
+        x = self.act(self.conv2(x) + x)
+        x = self.act(self.conv3(x))
+        x = self.act(self.conv4(x) + x)
+        return self.head(x.mean((2, 3)))
+
+
+def test_a_module_used_again_is_tapped_at_one_of_its_calls() -> None:
+    classifier = Classifier(Residual(functional=False), size=16)
+    assert classifier.taps == ("relu@1", "relu@2", "relu@4")
+    x = torch.rand(2, 3, 16, 16)
+    scores, (first, second, last) = classifier.features(x)
+    model = classifier.model
+    with torch.no_grad():
+        torch.testing.assert_close(first, model.conv1(x).relu())
+        torch.testing.assert_close(second, (model.conv2(first) + first).relu())
+        torch.testing.assert_close(model.head(last.mean((2, 3))), scores)
+    _, (ending,) = Classifier(model, size=16, taps=["relu"]).features(x)
+    assert torch.equal(ending, last)
+    with pytest.raises(RequestError, match="'relu@5' gives no"):
+        Classifier(model, size=16, taps=["relu@5"])
+
+
+def test_functional_in_place_activations_leave_what_is_tapped_as_it_was() -> None:
+    classifier = Classifier(Residual(functional=True), size=16)
+    assert classifier.taps == ("conv1", "conv3")
+    x = torch.rand(2, 3, 16, 16)
+    _, (first, third) = classifier.features(x)
+    model = classifier.model
+    torch.testing.assert_close(first, model.conv1(x))
+    assert (first < 0).any() and (third < 0).any()
+
+
+def test_prefix_tokens_are_found_and_left_out_of_maps() -> None:
+    timm = pytest.importorskip("timm")
+    narrow = {"embed_dim": 48, "depth": 4, "num_heads": 2, "num_classes": 3}
+    for name, size, prefix in (
+        ("vit_tiny_patch16_224", (48, 80), 1),
+        ("deit_tiny_distilled_patch16_224", (64, 64), 2),
+        ("vit_small_patch14_reg4_dinov2", (56, 84), 5),
+        ("vit_base_patch16_siglip_gap_224", (64, 64), 0),
+    ):
+        model = timm.create_model(name, pretrained=False, img_size=size, **narrow)
+        classifier = Classifier(model, size=size)
+        assert classifier.taps == ("patch_embed", "blocks.0", "blocks.1", "blocks.2", "blocks")
+        layout = classifier.layouts[-1]
+        assert (layout.kind, layout.prefix) == ("tokens", model.num_prefix_tokens) == ("tokens", prefix)
+        assert layout.grid == model.patch_embed.grid_size
+        _, features = classifier.features(torch.rand(2, 3, *size))
+        wanted = model.eval().forward_intermediates(torch.zeros(2, 3, *size), intermediates_only=True)[-1]
+        assert layout.spatial(features[-1]).shape == wanted.shape
+
+
+def test_branches_that_run_in_parallel_to_the_end_are_tapped_as_they_come() -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fine = nn.Sequential(nn.Conv2d(3, 4, 2, 2), nn.ReLU())
+            self.coarse = nn.Sequential(nn.Conv2d(3, 4, 4, 4), nn.ReLU())
+            self.head = nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.cat([self.fine(x).mean((2, 3)), self.coarse(x).mean((2, 3))], 1))
+
+    assert Classifier(Branches(), size=16).taps == ("fine", "coarse")
 
 
 def test_an_unknown_tap_lists_near_names() -> None:

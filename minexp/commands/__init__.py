@@ -5,6 +5,7 @@ from .bench import Bench
 from .demo import Demo
 from .doctor import Doctor
 from .explain import Explain
+from .export import Export
 from .fit import Fit
 from .report import Report
 from .verify import Verify
@@ -13,6 +14,7 @@ COMMANDS: dict[str, type[Command]] = {
     "demo": Demo,
     "fit": Fit,
     "explain": Explain,
+    "export": Export,
     "report": Report,
     "verify": Verify,
     "bench": Bench,

@@ -47,6 +47,8 @@ class WithModel(Command):
     """The classifier: torchvision:NAME, timm:NAME, hf:PATH_OR_ID, package.module:factory or file.py:factory."""
     weights: Path | None = None
     """Its weights, .safetensors or .pth, in place of the source's own."""
+    ema: bool = False
+    """Take the averaged (EMA, SWA) weights of a checkpoint that holds both."""
     num_classes: int | None = None
     """Number of outputs, where it is not the model's usual one."""
     class_names: Path | None = None
@@ -59,6 +61,13 @@ class WithModel(Command):
     """Normalisation, one value a channel."""
     taps: tuple[str, ...] = ()
     """Layers whose activations are matched, in place of the end of each stage."""
+    target: str | None = None
+    """What is explained: top1 (the class with the highest score, the default), class:NAME, label:NAME, multilabel,
+    binary, value:OUTPUT, similarity:FILE.npy, or a function of the output, package.module:name or file.py:name."""
+    keep: float = 0.9
+    """With targets that are a score: the share of the image's own score that has to be left."""
+    tolerance: float | None = None
+    """With value: how far it may move, in the output's units, in place of 1 - keep of it."""
     device: str = "auto"
     """cpu, cuda, cuda:N, or auto."""
     trust_model: bool = False
@@ -69,19 +78,25 @@ class WithModel(Command):
         import torch
 
         from ..classifier import load_classifier
+        from ..targets import parse_target
 
         if len(self.size) > 2:
             raise RequestError(f"--size takes one side, or height and width, not {len(self.size)} numbers")
+        target = None
+        if self.target is not None:
+            target = parse_target(self.target, keep=self.keep, tolerance=self.tolerance)
         auto = "cuda" if torch.cuda.is_available() else "cpu"
         return load_classifier(
             self.model,
             weights=self.weights,
+            ema=self.ema,
             num_classes=self.num_classes,
             mean=self.mean or None,
             std=self.std or None,
             size=(self.size[0], self.size[-1]) if self.size else None,
             class_names=None if self.class_names is None else lines(self.class_names),
             taps=self.taps or None,
+            target=target,
             device=auto if self.device == "auto" else self.device,
             trust_model=self.trust_model,
         )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ..errors import RequestError
 from .base import DONE, PARTLY, WithModel, at_least_one, table
@@ -16,6 +16,10 @@ class Explain(WithModel):
 
     example = "minexp explain --model torchvision:resnet18 --masker masker.safetensors --data photos/ --out runs/photos"
 
+    model: str = ""
+    """The classifier: torchvision:NAME, timm:NAME, hf:PATH_OR_ID, package.module:factory or file.py:factory."""
+    onnx: Path | None = None
+    """An explainer.onnx of `minexp export` in place of --model and --masker: runs without torch."""
     data: str
     """Images: a folder, a glob, one image, a .txt of paths, .npz, .npy, IDX, WebDataset .tar or Parquet."""
     out: Path
@@ -53,15 +57,49 @@ class Explain(WithModel):
     """Seed of the random backgrounds."""
     resume: bool = True
     """Start over instead of going on behind the last stored row."""
+    provider: Literal["cpu", "cuda", "tensorrt", "openvino"] = "cpu"
+    """With --onnx: where it runs; what is not there is an error."""
+    threads: int = 1
+    """With --onnx: threads of one image's operators."""
 
     def run(self) -> int:
+        at_least_one("--batch", self.batch)
+        summary = self._with_torch() if self.onnx is None else self._without_torch(self.onnx)
+        self.show(summary, table(summary) + f"\nnext: minexp report {self.out}")
+        return PARTLY if summary["failed"] or summary["errors"] else DONE
+
+    def _without_torch(self, path: Path) -> dict[str, Any]:
+        from ..data.sources import open_source
+        from ..deploy.job import explain_dataset
+        from ..deploy.runtime import Explainer
+
+        decided = [f.name for f in fields(self) if f.name in _EXPORTED and getattr(self, f.name) != f.default]
+        if decided:
+            raise RequestError(
+                f"--{decided[0].replace('_', '-')} was decided when {path} was exported; leave it out, or export again"
+            )
+        at_least_one("--threads", self.threads)
+        source = open_source(self.data, limit=self.limit)
+        return explain_dataset(
+            Explainer(path, provider=self.provider, threads=self.threads),
+            source,
+            self.out,
+            batch=self.batch,
+            resume=self.resume,
+            progress=not self.quiet,
+        )
+
+    def _with_torch(self) -> dict[str, Any]:
+        if not self.model:
+            raise RequestError(
+                "no classifier: give --model SPEC, or --onnx explainer.onnx; see minexp explain --help"
+            )
         from ..data.sources import open_source
         from ..jobs.local import explain_dataset
         from ..masker import load_masker
         from ..minimise import Minimisation
         from ..predicate import Predicate
 
-        at_least_one("--batch", self.batch)
         if self.cell is not None:
             at_least_one("--cell", self.cell)
         if self.max_evals is not None:
@@ -74,7 +112,7 @@ class Explain(WithModel):
         source = open_source(self.data, limit=self.limit)
         classifier = self.classifier()
         masker = None if self.masker is None else load_masker(self.masker, classifier)
-        summary = explain_dataset(
+        return explain_dataset(
             classifier,
             source,
             masker,
@@ -92,5 +130,22 @@ class Explain(WithModel):
             resume=self.resume,
             progress=not self.quiet,
         )
-        self.show(summary, table(summary) + f"\nnext: minexp report {self.out}")
-        return PARTLY if summary["failed"] or summary["errors"] else DONE
+
+
+# Settings that an explainer.onnx carries.
+_EXPORTED = (
+    *(
+        "model",
+        "weights",
+        "num_classes",
+        "class_names",
+        "size",
+        "mean",
+        "std",
+        "taps",
+        "device",
+        "trust_model",
+    ),
+    *("masker", "effort", "predicate", "rho", "draws", "tau", "dilated", "background", "seed"),
+    *("preset", "match", "cell", "max_evals"),
+)

@@ -7,30 +7,70 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tyro.conf import Positional
 
+from ..errors import RequestError
 from .base import DAMAGED, DONE, Command
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verify(Command):
-    """Check a store: digests, page checksums, masks, counts, duplicates."""
+    """Check a store (digests, page checksums, masks, counts, duplicates), or an explainer.onnx on its own pictures."""
 
     example = "minexp verify runs/photos"
 
-    directory: Positional[Path]
-    """Directory that `minexp explain` wrote."""
+    path: Positional[Path]
+    """Directory that `minexp explain` wrote, or an explainer.onnx of `minexp export`."""
+    onnx: Path | None = None
+    """With a directory: explain its images again with this explainer.onnx, here, and compare every row."""
+    provider: Literal["cpu", "cuda", "tensorrt", "openvino"] = "cpu"
+    """Where an explainer runs."""
 
     def run(self) -> int:
+        if self.path.is_file():
+            return self._explainer()
         from ..data.store import MANIFEST, verify_store
 
-        problems = verify_store(self.directory)
-        manifest = json.loads((self.directory / MANIFEST).read_text(encoding="utf-8"))
-        summary = {**verdict(problems, manifest["shards"]), "problems": problems}
-        text = "\n".join([*problems, f"{summary['ok']} of {summary['rows']} rows verify"])
+        problems = verify_store(self.path)
+        manifest = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
+        summary: dict[str, Any] = {**verdict(problems, manifest["shards"]), "problems": problems}
+        if self.onnx is not None and not problems:
+            summary |= self._recomputed(self.onnx, summary["rows"])
+        text = "\n".join([*summary["problems"], f"{summary['ok']} of {summary['rows']} rows verify"])
         self.show(summary, text)
+        return DAMAGED if summary["problems"] else DONE
+
+    def _recomputed(self, path: Path, rows: int) -> dict[str, Any]:
+        from tqdm import tqdm
+
+        from ..deploy.job import recompute
+        from ..deploy.runtime import Explainer
+
+        explainer = Explainer(path, provider=self.provider)
+        quiet = True if self.quiet or self.json else None
+        differing = list(tqdm(recompute(self.path, explainer, rows), unit=" rows differ", disable=quiet))
+        about = {"provider": explainer.provider_name, "precision": explainer.about.precision}
+        return {"ok": rows - len(differing), "bad": len(differing), "problems": differing, **about}
+
+    def _explainer(self) -> int:
+        from ..deploy.job import selftest
+        from ..deploy.runtime import Explainer
+
+        if self.onnx is not None:
+            raise RequestError(f"--onnx recomputes a store: give its directory in place of {self.path}")
+        explainer = Explainer(self.path, provider=self.provider)
+        rows, problems = selftest(explainer)
+        summary: dict[str, Any] = {
+            "rows": rows,
+            "ok": rows - len(problems),
+            "bad": len(problems),
+            "duplicates": 0,
+        }
+        summary |= {"problems": problems, "provider": explainer.provider_name}
+        summary |= {"precision": explainer.about.precision}
+        self.show(summary, "\n".join([*problems, f"{summary['ok']} of {rows} pictures verify"]))
         return DAMAGED if problems else DONE
 
 

@@ -6,7 +6,7 @@ backgrounds act on plain pixels.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,9 @@ _FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
     "nearest": Image.Resampling.NEAREST,
+    "lanczos": Image.Resampling.LANCZOS,
+    "box": Image.Resampling.BOX,
+    "hamming": Image.Resampling.HAMMING,
 }
 
 
@@ -26,12 +29,13 @@ _FILTERS = {
 class Preprocessing:
     """How an image becomes model input.
 
-    size: (H, W) of the model's input. resize: length in pixels the shorter side gets before the centre crop, or
-    None to squash the whole image to ``size``. mean, std: one value a channel, of pixels in [0, 1].
+    size: (H, W) of the model's input. resize: length in pixels the shorter side gets before the centre crop, or (H, W)
+    that the whole image is squashed to before it; None squashes it to ``size`` and crops nothing. mean, std: one
+    value a channel, of pixels in [0, 1].
     """
 
     size: tuple[int, int]
-    resize: int | None = None
+    resize: int | tuple[int, int] | None = None
     interpolation: str = "bilinear"
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
@@ -56,9 +60,13 @@ class Preprocessing:
             )
         if not all(map(math.isfinite, self.mean)) or not all(math.isfinite(s) and s > 0 for s in self.std):
             raise RequestError(f"mean {self.mean} and std {self.std}: give finite values, std above 0")
-        if self.resize is not None and self.resize < max(self.size):
+        if self.resize is not None and not isinstance(self.resize, int):
+            object.__setattr__(self, "resize", tuple(int(side) for side in self.resize))
+        if self.resize is not None and any(
+            side < crop for side, crop in zip(self._before_crop(), self.size, strict=True)
+        ):
             raise RequestError(
-                f"resize {self.resize} is smaller than the crop {self.size}: give at least {max(self.size)}"
+                f"resize {self.resize} is smaller than the crop {self.size}: give at least its size"
             )
 
     def pixels(self, image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
@@ -87,11 +95,27 @@ class Preprocessing:
         """The region of the source that fills the model's input: (left, top, right, bottom) in source pixels."""
         if self.resize is None:
             return 0.0, 0.0, float(width), float(height)
-        short = min(height, width)
-        tall, wide = (max(self.resize, self.resize * side // short) for side in (height, width))
+        tall, wide = self._before_crop(height, width)
         top, left = round((tall - self.size[0]) / 2), round((wide - self.size[1]) / 2)
         down, across = height / tall, width / wide
         return left * across, top * down, (left + self.size[1]) * across, (top + self.size[0]) * down
+
+    def resized(self, size: tuple[int, int]) -> "Preprocessing":
+        """The same for a model input of another size: the crop takes as much of the image as before."""
+        resize = self.resize
+        if isinstance(resize, int):
+            resize = max(*size, round(resize * min(size) / min(self.size)))
+        elif resize is not None:
+            height, width = (round(a * b / c) for a, b, c in zip(resize, size, self.size, strict=True))
+            resize = (height, width)
+        return replace(self, size=size, resize=resize)
+
+    def _before_crop(self, height: int = 1, width: int = 1) -> tuple[int, int]:
+        """(H, W) of an image of that height and width before the crop."""
+        if self.resize is None or not isinstance(self.resize, int):
+            return self.resize or self.size
+        short, resize = min(height, width), self.resize
+        return max(resize, resize * height // short), max(resize, resize * width // short)
 
     def _with_channels(self, image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         if image.shape[2] == self.channels:
@@ -105,7 +129,7 @@ class Preprocessing:
         return {
             "input_size": [self.channels, *self.size],
             "interpolation": self.interpolation,
-            "crop_pct": 1.0 if self.resize is None else min(self.size) / self.resize,
+            "crop_pct": min(self.size) / min(self._before_crop()),
             "crop_mode": "squash" if self.resize is None else "center",
             "resize": self.resize,
             "mean": list(self.mean),
@@ -122,11 +146,13 @@ class Preprocessing:
         if "resize" in fields:
             resize = fields["resize"]
         else:
-            resize = None if squash else math.floor(min(size) / float(fields.get("crop_pct") or 1.0))
+            resize = None if squash else math.floor(max(size) / float(fields.get("crop_pct") or 1.0))
+        # timm draws an interpolation at random in training, and then takes bilinear at test time
+        interpolation = fields.get("interpolation", "bilinear")
         return cls(
             size=(size[0], size[1]),
-            resize=None if resize is None else int(resize),
-            interpolation=fields.get("interpolation", "bilinear"),
+            resize=int(resize) if isinstance(resize, (int, float)) else resize,
+            interpolation="bilinear" if interpolation == "random" else interpolation,
             mean=tuple(fields.get("mean", [0.0] * channels)),
             std=tuple(fields.get("std", [1.0] * channels)),
             channels=channels,

@@ -36,30 +36,30 @@ Table<64> table_of(const Plan& plan, double temperature, bool aligned) {
   Table<64> table{};
   std::copy(plan.layers.begin(), plan.layers.end(), table.layers);
   table.count = int(plan.layers.size()), table.images = plan.images, table.rows = plan.rows;
-  table.temperature = temperature, table.aligned = aligned;
+  table.temperature = temperature, table.aligned = aligned, table.image_pieces = unsigned(plan.pieces / plan.images);
   return table;
 }
 
-template <template <class> class Algebra, class Real>
+template <class State, class Real>
 void forward(
     const std::vector<LayerSpec>& specs, int64_t images, int64_t piece, double temperature, bool aligned, uintptr_t entropy,
     uintptr_t state, uintptr_t total, uintptr_t losses, bool backwards) {
   const Plan plan = plan_of(specs, images, piece);
-  std::vector<Part<Algebra<double>>> parts(plan.pieces);
+  std::vector<Part<State>> parts(plan.pieces);
   std::vector<unsigned> tickets(images, 0);
   emulator::launch(
-      kl_forward<Algebra, Real, Real, Real, 64>, unsigned(plan.pieces), kThreads, shared_bytes, backwards,
+      kl_forward<State, Real, Real, Real, 64>, unsigned(plan.pieces), kThreads, shared_bytes, backwards,
       table_of(plan, temperature, aligned), at<const double>(entropy), parts.data(), tickets.data(), at<Saved<Real>>(state),
       at<Real>(total), at<Real>(losses));
 }
 
-template <template <class> class Algebra, class Real>
+template <class State, class Real>
 void backward(
     const std::vector<LayerSpec>& specs, int64_t images, int64_t piece, double temperature, bool aligned, uintptr_t state,
     uintptr_t grad_total, uintptr_t grad_layers, bool backwards) {
   const Plan plan = plan_of(specs, images, piece);
   emulator::launch(
-      kl_backward<Algebra, Real, Real, Real, 64>, unsigned(plan.pieces), kThreads, 0, backwards,
+      kl_backward<State, Real, Real, Real, 64>, unsigned(plan.pieces), kThreads, 0, backwards,
       table_of(plan, temperature, aligned), at<const Saved<Real>>(state), at<const Real>(grad_total),
       at<const Real>(grad_layers));
 }
@@ -107,7 +107,7 @@ void select(const RowsSpec& spec, int64_t n, uintptr_t values, uintptr_t flat, b
       at<Real>(values), at<int64_t>(flat));
 }
 
-template <class Real>
+template <class Real, int Together>
 void position(
     const RowsSpec& spec, const std::vector<int64_t>& numbers, int64_t k, uintptr_t values, uintptr_t indices, bool backwards) {
   const auto rows = rows_of<Real>(spec);
@@ -116,10 +116,10 @@ void position(
     g.kernel[d] = numbers[d], g.size[d] = numbers[2 + d], g.stride[d] = numbers[4 + d];
     g.padding[d] = numbers[6 + d], g.dilation[d] = numbers[8 + d];
   }
-  const int64_t tiles = (rows.targets / rows.groups + kTogether - 1) / kTogether;
+  const int64_t tiles = (rows.targets / rows.groups + Together - 1) / Together;
   emulator::launch(
-      edge_position_kernel<Real>, unsigned(rows.images * rows.groups * tiles), kTogether * 32,
-      size_t(position_bytes<Real>(rows.width)), backwards, rows, g, k, at<Real>(values), at<int64_t>(indices));
+      edge_position_kernel<Real, Together>, unsigned(rows.images * rows.groups * tiles), kPositionWarps * 32,
+      size_t(position_bytes<Real, Together>(rows.width)), backwards, rows, g, k, at<Real>(values), at<int64_t>(indices));
 }
 
 // What the emulator itself must catch.
@@ -144,7 +144,8 @@ PYBIND11_MODULE(minexp_emulated, m) {
   m.def("topk_double", &topk<double>);
   m.def("threshold", &threshold<float>);
   m.def("select", &select<float>);
-  m.def("position", &position<float>);
+  m.def("position", &position<float, 16>);
+  m.def("position_few", &position<float, 4>);
   m.def("overflow", [] { emulator::launch(overflowing_kernel, 1, 64, 32 * sizeof(double), false); });
   m.def("deadlock", [] { emulator::launch(deadlocked_kernel, 1, 64, 0, false); });
   m.def("race", [](uintptr_t out) { emulator::launch(racing_kernel, 1, 64, 64 * sizeof(double), false, at<double>(out)); });

@@ -1,0 +1,87 @@
+"""`minexp export`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..errors import RequestError
+from .base import DONE, WithModel, at_least_one, table
+
+if TYPE_CHECKING:
+    from ..data.preprocessing import Preprocessing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export(WithModel):
+    """Write a classifier and its masker as ONNX: masker.onnx, and explainer.onnx with the whole certificate."""
+
+    example = "minexp export --model torchvision:resnet18 --masker masker.safetensors --out deployed/"
+
+    masker: Path
+    """Masker made by `minexp fit` for this classifier."""
+    out: Path
+    """Directory of the files."""
+    data: str | None = None
+    """Images on which the files are compared with torch; by default those the masker carries."""
+    limit: int = 64
+    """How many of them."""
+    predicate: Literal["robust", "top1", "score"] = "robust"
+    """What a mask has to do, as in `minexp explain`."""
+    rho: float = 0.95
+    """With robust: share of the random backgrounds on which the class has to stay."""
+    draws: int = 20
+    """With robust: number of random backgrounds."""
+    tau: float = 0.5
+    """With score: the probability to reach."""
+    background: Literal["mean", "black", "white"] = "mean"
+    """What removed pixels become in the kept image."""
+    seed: int = 0
+    """Seed of the random backgrounds."""
+    quantize: Literal["int8"] | None = None
+    """8-bit networks, calibrated on the same images; refused when they change more than a few answers."""
+    layout: Literal["flat", "triton"] = "flat"
+    """triton: a model repository for Triton, OpenVINO Model Server and KServe."""
+
+    def run(self) -> int:
+        from ..certify import Predicate
+        from ..deploy.export import export
+        from ..deploy.onnx_classifier import adopt_masker
+        from ..masker import load_masker
+
+        classifier = self.classifier()
+        load = adopt_masker if self.model.endswith(".onnx") else load_masker
+        done = export(
+            classifier,
+            load(self.masker, classifier),
+            self.out,
+            images=self._images(classifier.preprocessing),
+            predicate=Predicate(self.predicate, rho=self.rho, draws=self.draws, tau=self.tau),
+            background=self.background,
+            seed=self.seed,
+            quantize=self.quantize,
+            layout=self.layout,
+        )
+        summary = done.summary()
+        self.show(
+            summary, f"{table(summary)}\nnext: minexp explain --onnx {done.explainer} --data DIR --out DIR"
+        )
+        return DONE
+
+    def _images(self, preprocessing: Preprocessing) -> Any:
+        """uint8 [N,H,W,C], or None for those the masker carries."""
+        if self.data is None:
+            return None
+        import numpy as np
+
+        from ..data.sources import open_source
+
+        at_least_one("--limit", self.limit)
+        items = open_source(self.data, limit=self.limit)
+        ready = [preprocessing.pixels(item.image) for item in items if item.image is not None]
+        if not ready:
+            raise RequestError(
+                f"{self.data}: none of the first {self.limit} images could be read; give others"
+            )
+        return np.stack(ready)

@@ -1,0 +1,333 @@
+"""export(): a classifier and its masker as ONNX files, checked against torch before they are written."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import tempfile
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .. import __version__
+from ..backgrounds import Backgrounds
+from ..certify import PER_FAMILY
+from ..classifier import Classifier
+from ..data.files import replacing
+from ..data.store import unpack_mask
+from ..errors import RequestError
+from ..explanation import Explanation, explain, make_backgrounds
+from ..masker import Masker
+from ..predicate import Predicate
+from ..repair import THOROUGH
+from ..weights import state_digest
+from .bake import make_pictures, make_plan
+from .graph import explainer_graph, masker_graph
+from .metadata import EXPLAINER, MASKER, About, sealed
+from .networks import classifier_network, masker_network
+from .ops import OPSET
+from .parity import Parity, compare
+from .plan import Plan
+from .quantise import CALIBRATION, Cost, quantised
+from .repository import write_repository
+from .runtime import Explained, Explainer, open_session
+
+Quantize = Literal["int8"]
+Layout = Literal["flat", "triton"]
+SELFTEST = 4  # pictures that travel with the model, to be explained again where it runs
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written: the files, how far they agree with torch on the images of the check, and what int8 costs."""
+
+    files: tuple[Path, ...]
+    parity: Parity
+    cost: Cost | None = None
+    opset: int = OPSET
+
+    @property
+    def explainer(self) -> Path:
+        """The file that explains."""
+        return next(path for path in self.files if path.suffix == ".onnx" and "masker" not in str(path.name))
+
+    def summary(self) -> dict[str, Any]:
+        """The keys of `minexp export --json`."""
+        out = {
+            "files": [str(path) for path in self.files],
+            "opset": self.opset,
+            "precision": "float32" if self.cost is None else "int8",
+            "parity_images": self.parity.images,
+            "parity_mask_flips": self.parity.mask_flips,
+            "parity_max_abs": self.parity.max_abs,
+            "parity_certificates": self.parity.certificates,
+        }
+        return out if self.cost is None else out | {"quantize": self.cost.summary()}
+
+
+def export(
+    classifier: Classifier,
+    masker: Masker,
+    out: str | Path,
+    *,
+    images: np.ndarray | Tensor | None = None,
+    predicate: Predicate | None = None,
+    background: str | tuple[float, ...] = "mean",
+    seed: int = 0,
+    quantize: Quantize | None = None,
+    layout: Layout = "flat",
+) -> Exported:
+    """Write ``out``/masker.onnx and ``out``/explainer.onnx.
+
+    images: what the files are checked on, uint8 [N,H,W,C] of the classifier's size; by default the images that the
+    masker carries of its training data. The explainer stands for effort "fast" with this predicate and background.
+    quantize "int8": 8-bit networks, calibrated on the same images; refused, with the figures, when they change more
+    than a few answers. layout "triton": a model repository for Triton, OpenVINO Model Server and KServe.
+    Raises RequestError when the model cannot be exported or, with the figures, when ONNX Runtime's answers are not
+    torch's: no pixel of a mask, no class and no certificate may differ, no probability by more than 1e-4.
+    """
+    out = Path(out)
+    draft = Draft.make(classifier, masker, predicate or Predicate(), background, seed)
+    pixels = check_images(classifier, masker, images)
+    reference = draft.torch(pixels)
+    networks = draft.networks()
+    content, found, parity = draft.checked(networks, pixels, reference)
+    masks = draft.masker_file(networks[0], pixels)
+    cost = None
+    if quantize is not None:
+        networks = draft.quantised(networks, pixels)
+        content, after, changes = draft.checked(networks, pixels, reference, precision=quantize)
+        cost = Cost.of(found, after, changes)
+        if not cost.acceptable:
+            raise RequestError(f"{cost}: too many other answers, so nothing is written; export in float32")
+        masks = draft.masker_file(networks[0], None)
+    writer = {"flat": write_flat, "triton": write_repository}[layout]
+    files = writer(out, content, masks, draft.about("float32" if quantize is None else quantize))
+    return Exported(tuple(files), parity, cost)
+
+
+def write_flat(out: Path, explainer: bytes, masker: bytes, about: About) -> list[Path]:
+    """The two files, each whole or not at all."""
+    files = [out / "masker.onnx", out / "explainer.onnx"]
+    for path, content in zip(files, (masker, explainer), strict=True):
+        with replacing(path) as temporary:
+            temporary.write_bytes(content)
+    return files
+
+
+def check_images(classifier: Classifier, masker: Masker, images: np.ndarray | Tensor | None) -> np.ndarray:
+    """uint8 [N,H,W,C] of the classifier's size."""
+    c, h, w = classifier.input_shape
+    if images is None:
+        images = masker.reference.permute(0, 2, 3, 1).cpu().numpy()
+    pixels = images.cpu().numpy() if isinstance(images, Tensor) else images
+    if pixels.dtype != np.uint8 or pixels.shape[1:] != (h, w, c) or not len(pixels):
+        raise RequestError(
+            f"images of {pixels.dtype} {list(pixels.shape)} to check the export on; give uint8 [N,{h},{w},{c}]"
+        )
+    return pixels
+
+
+@dataclass(frozen=True, eq=False)
+class Draft:
+    """One explainer on its way: what it stands for, and the networks it is made of."""
+
+    classifier: Classifier
+    masker: Masker
+    predicate: Predicate
+    backgrounds: Backgrounds
+    background: str | tuple[float, ...]
+    seed: int
+    plan: Plan
+
+    @classmethod
+    def make(
+        cls,
+        classifier: Classifier,
+        masker: Masker,
+        predicate: Predicate,
+        background: str | tuple[float, ...],
+        seed: int,
+    ) -> Draft:
+        backgrounds = make_backgrounds(classifier, masker, background=background, seed=seed)
+        plan = make_plan(predicate, fresh=PER_FAMILY)
+        return cls(classifier, masker, predicate, backgrounds, background, seed, plan)
+
+    def networks(self) -> tuple[onnx.ModelProto, onnx.ModelProto]:
+        """Masker and classifier as networks of x, float [B,C,H,W] in [0,1]."""
+        return masker_network(self.masker, self.classifier.input_shape[1:]), classifier_network(
+            self.classifier
+        )
+
+    def torch(self, pixels: np.ndarray) -> Explanation:
+        """The torch path's explanations of uint8 images [N,H,W,C]."""
+        x = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float().div_(255)
+        return explain(
+            self.classifier,
+            x,
+            self.masker,
+            predicate=self.predicate.thorough(),
+            effort="fast",
+            backgrounds=self.backgrounds,
+            fresh=PER_FAMILY,
+            repair=THOROUGH,
+        )
+
+    def quantised(
+        self, networks: tuple[onnx.ModelProto, onnx.ModelProto], pixels: np.ndarray
+    ) -> tuple[onnx.ModelProto, onnx.ModelProto]:
+        """Both networks in 8 bits. The classifier's ranges are seen on images and on what masks leave of them."""
+        x = pixels[:CALIBRATION].transpose(0, 3, 1, 2).astype(np.float32) / np.float32(255)
+        masked = self.torch(pixels[:CALIBRATION]).kept_images().cpu().numpy()
+        masker, classifier = networks
+        return quantised(masker, x), quantised(classifier, np.concatenate([x, masked]))
+
+    def checked(
+        self,
+        networks: tuple[onnx.ModelProto, onnx.ModelProto],
+        pixels: np.ndarray,
+        reference: Explanation,
+        *,
+        precision: str = "float32",
+    ) -> tuple[bytes, Explained, Parity]:
+        """The explainer's file, what it finds, and how that compares with torch. RequestError where float32 differs."""
+        graph = self._graph(networks)
+        about = self.about(precision)
+        found = _run(_file(graph, about), pixels)
+        parity = self._parity(found, reference)
+        if precision == "float32" and not parity.exact:
+            raise RequestError(
+                f"ONNX Runtime does not give torch's answers, so nothing is written: {parity}; "
+                "check on other images with --data, or report the model"
+            )
+        extra = dict(about.extra) | {"parity": asdict(parity), "selftest": _selftest(found)}
+        return _file(graph, replace(about, extra=extra)), found, parity
+
+    def _graph(self, networks: tuple[onnx.ModelProto, onnx.ModelProto]) -> onnx.ModelProto:
+        masker, classifier = networks
+        pictures = make_pictures(
+            self.plan, self.backgrounds, self.classifier.input_shape, self._empty(classifier)
+        )
+        return explainer_graph(masker, classifier, self.plan, pictures, self.classifier.input_shape[1:])
+
+    def _empty(self, classifier: onnx.ModelProto) -> np.ndarray:
+        """Class probabilities [K] of the default background alone, as the exported network gives them."""
+        session = open_session(classifier.SerializeToString(), "cpu", 1, "the classifier")
+        colour = self.backgrounds.default(torch.zeros(1))
+        blank = colour.expand(2, *self.classifier.input_shape).numpy()
+        scores = session.run(None, {"x": np.ascontiguousarray(blank)})[0][0].astype(np.float64)
+        values = np.exp(scores - scores.max())
+        return (values / values.sum()).astype(np.float32)
+
+    def about(self, precision: str) -> About:
+        """Everything a reader or a runtime wants to know, but for the check's outcome."""
+        identity = {
+            "classifier": self.classifier.fingerprint,
+            "masker": state_digest(self.masker.state_dict()),
+            "predicate": repr(self.predicate),
+            "background": self.background,
+            "effort": "fast",
+            "seed": self.seed,
+            "precision": precision,
+        }
+        colour = self.backgrounds.default(torch.zeros(1)).reshape(-1).tolist()
+        return About(
+            format=EXPLAINER,
+            fingerprint=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
+            preprocessing=self.classifier.preprocessing,
+            class_names=self.classifier.class_names,
+            families=self.plan.families,
+            fresh=self.plan.fresh,
+            rho=self.plan.rho if self.plan.kind == "robust" else None,
+            predicate=self.plan.texts[0],
+            threshold=self.plan.threshold,
+            background=tuple(colour),
+            precision=precision,
+            extra={
+                "model": type(self.classifier.model).__name__,
+                "identity": identity,
+                "plan": asdict(self.plan),
+                "versions": {"minexp": __version__, "torch": torch.__version__, "onnx": onnx.__version__},
+            },
+        )
+
+    def _parity(self, found: Explained, reference: Explanation) -> Parity:
+        p = torch.cat([self.masker.probabilities(part) for part in reference.x.split(32)])
+        return compare(
+            found.masks,
+            found.certificates,
+            found.probabilities,
+            reference.masks.cpu().numpy(),
+            reference.certificates,
+            p[:, 0].cpu().numpy(),
+        )
+
+    def masker_file(self, network: onnx.ModelProto, pixels: np.ndarray | None) -> bytes:
+        """masker.onnx: image → probabilities and mask, for any size, without a classifier; compared on ``pixels``."""
+        graph = masker_graph(network, self.classifier.input_shape[0], self.plan.threshold)
+        content = _file(graph, replace(self.about("float32"), format=MASKER))
+        if pixels is not None and (flips := self._flips(content, pixels)):
+            raise RequestError(
+                f"masker.onnx flips {flips} mask pixels of {len(pixels)} images against torch, so nothing is written"
+            )
+        return content
+
+    def _flips(self, content: bytes, pixels: np.ndarray) -> int:
+        """Mask pixels in which masker.onnx differs from torch."""
+        session = open_session(content, "cpu", 1, "masker.onnx")
+        bits = session.run(["mask_bits"], {"image": np.ascontiguousarray(pixels)})[0]
+        x = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float().div_(255)
+        p = torch.cat([self.masker.probabilities(part) for part in x.split(32)])
+        masks = np.stack([unpack_mask(row.tobytes(), *pixels.shape[1:3]) for row in bits])
+        return int((masks != (p[:, 0] > self.plan.threshold).numpy()).sum())
+
+
+def _run(content: bytes, pixels: np.ndarray) -> Explained:
+    """What the file gives for uint8 images, a batch at a time."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "explainer.onnx"
+        path.write_bytes(content)
+        explainer = Explainer(path, trusted=True)
+        return Explained.join(list(explainer.stream(list(pixels))))
+
+
+def _selftest(found: Explained) -> list[dict[str, Any]]:
+    """A few pictures with what was found of them, so that a runtime elsewhere can be held to it."""
+    rows = []
+    for place in range(min(SELFTEST, len(found))):
+        image, certificate = found.images[place], found.certificates[place]
+        file = io.BytesIO()
+        Image.fromarray(image[..., 0] if image.shape[2] == 1 else image).save(file, "PNG", optimize=True)
+        row = found.rows()[place]
+        names = (
+            "label",
+            "conf",
+            "conf_masked",
+            "area",
+            "robust_train",
+            "evaluations",
+            "mask_crc32",
+            "status",
+        )
+        rows.append(
+            {"png": base64.b64encode(file.getvalue()).decode(), **{name: row[name] for name in names}}
+        )
+        assert certificate.label == row["label"]
+    return rows
+
+
+def _file(graph: onnx.ModelProto, about: About) -> bytes:
+    model = onnx.ModelProto()
+    model.CopyFrom(graph)
+    model.producer_name, model.producer_version = "minexp", __version__
+    onnx.helper.set_model_props(model, about.to_metadata())
+    onnx.checker.check_model(model)
+    return sealed(model.SerializeToString(deterministic=True))

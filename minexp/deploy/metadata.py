@@ -1,0 +1,99 @@
+"""What a model file says about itself: JSON under `minexp.*` keys of its metadata, and a seal over its bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..data.preprocessing import Preprocessing
+from ..errors import RequestError
+
+EXPLAINER, MASKER = "minexp.explainer/1", "minexp.masker-onnx/1"
+_SEAL = "minexp.sha256"
+_SEAL_BYTES = 2 + 2 + len(_SEAL) + 2 + 64  # tag and length of the entry, then of its key and its value
+
+
+@dataclass(frozen=True)
+class About:
+    """An explainer's metadata.
+
+    fingerprint: of the job that it stands for (classifier, masker, predicate, backgrounds). families, fresh: the
+    certificate's backgrounds and draws of each. rho: the share of backgrounds the predicate asks for, None when it
+    asks for none. texts: the predicate in words, first and for enlarged masks. selftest: rows that the exporting
+    machine got for the explainer's own pictures. extra: whatever else was recorded.
+    """
+
+    format: str
+    fingerprint: str
+    preprocessing: Preprocessing
+    class_names: tuple[str, ...]
+    families: tuple[str, ...]
+    fresh: int
+    rho: float | None
+    predicate: str
+    threshold: float
+    background: tuple[float, ...]
+    precision: str
+    extra: Mapping[str, Any]
+
+    def to_metadata(self) -> dict[str, str]:
+        """Key → JSON, as it goes into the model."""
+        fields = {
+            "format": self.format,
+            "fingerprint": self.fingerprint,
+            "preprocessing": self.preprocessing.to_json(),
+            "class_names": list(self.class_names),
+            "families": list(self.families),
+            "fresh": self.fresh,
+            "rho": self.rho,
+            "predicate": self.predicate,
+            "threshold": self.threshold,
+            "background": list(self.background),
+            "precision": self.precision,
+            **self.extra,
+        }
+        return {f"minexp.{key}": json.dumps(value) for key, value in fields.items()}
+
+    @classmethod
+    def from_metadata(cls, entries: Mapping[str, str], path: object) -> About:
+        """Read and check what `to_metadata` wrote. Raises RequestError."""
+        try:
+            fields = {
+                key.removeprefix("minexp."): json.loads(value)
+                for key, value in entries.items()
+                if key.startswith("minexp.") and key != _SEAL
+            }
+            rho = fields.pop("rho")
+            return cls(
+                format=str(fields.pop("format")),
+                fingerprint=str(fields.pop("fingerprint")),
+                preprocessing=Preprocessing.from_json(fields.pop("preprocessing")),
+                class_names=tuple(map(str, fields.pop("class_names"))),
+                families=tuple(map(str, fields.pop("families"))),
+                fresh=int(fields.pop("fresh")),
+                rho=None if rho is None else float(rho),
+                predicate=str(fields.pop("predicate")),
+                threshold=float(fields.pop("threshold")),
+                background=tuple(map(float, fields.pop("background"))),
+                precision=str(fields.pop("precision")),
+                extra=fields,
+            )
+        except (KeyError, ValueError, TypeError, AttributeError, RequestError) as error:
+            raise RequestError(
+                f"{path}: its metadata is not an explainer's ({type(error).__name__}: {error}); export it again"
+            ) from error
+
+
+def sealed(model: bytes) -> bytes:
+    """The serialised model with a last metadata entry: the SHA-256 of all bytes before it."""
+    key, value = _SEAL.encode(), hashlib.sha256(model).hexdigest().encode()
+    entry = b"\x0a" + bytes([len(key)]) + key + b"\x12" + bytes([len(value)]) + value
+    return model + b"\x72" + bytes([len(entry)]) + entry  # field 14 of ModelProto
+
+
+def seal_holds(content: bytes) -> bool:
+    """Is this what `sealed` gave?"""
+    return len(content) > _SEAL_BYTES and sealed(content[:-_SEAL_BYTES]) == content

@@ -1,0 +1,256 @@
+"""ONNX graph values with numpy's operators, so that a graph reads like the formula it computes.
+
+Built on spox, which checks types and shapes while the graph is written. Opset 18: later ones send Resize to the CPU
+in ONNX Runtime's CUDA provider.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import spox
+import spox.opset.ai.onnx.v18 as op
+
+OPSET = 18
+
+
+class Value:
+    """A tensor of the graph; constants on either side of an operator take its type."""
+
+    def __init__(self, var: spox.Var) -> None:
+        self.var = var
+
+    @property
+    def dtype(self) -> Any:
+        return self.var.unwrap_tensor().dtype
+
+    def _other(self, other: Any) -> spox.Var:
+        return other.var if isinstance(other, Value) else op.const(np.asarray(other, self.dtype))
+
+    def __add__(self, other: Any) -> Value:
+        return Value(op.add(self.var, self._other(other)))
+
+    def __sub__(self, other: Any) -> Value:
+        return Value(op.sub(self.var, self._other(other)))
+
+    def __mul__(self, other: Any) -> Value:
+        return Value(op.mul(self.var, self._other(other)))
+
+    def __truediv__(self, other: Any) -> Value:
+        return Value(op.div(self.var, self._other(other)))
+
+    def __mod__(self, other: Any) -> Value:
+        return Value(op.mod(self.var, self._other(other)))
+
+    def __matmul__(self, other: Value) -> Value:
+        return Value(op.matmul(self.var, other.var))
+
+    def __gt__(self, other: Any) -> Value:
+        return Value(op.greater(self.var, self._other(other)))
+
+    def __ge__(self, other: Any) -> Value:
+        return Value(op.greater_or_equal(self.var, self._other(other)))
+
+    def __lt__(self, other: Any) -> Value:
+        return Value(op.less(self.var, self._other(other)))
+
+    def __le__(self, other: Any) -> Value:
+        return Value(op.less_or_equal(self.var, self._other(other)))
+
+    def equals(self, other: Any) -> Value:
+        return Value(op.equal(self.var, self._other(other)))
+
+    def __and__(self, other: Value) -> Value:
+        return Value(op.and_(self.var, other.var))
+
+    def __or__(self, other: Value) -> Value:
+        return Value(op.or_(self.var, other.var))
+
+    def __invert__(self) -> Value:
+        return Value(op.not_(self.var))
+
+    def cast(self, dtype: Any) -> Value:
+        return Value(op.cast(self.var, to=dtype))
+
+    def transpose(self, *axes: int) -> Value:
+        return Value(op.transpose(self.var, perm=axes))
+
+    def reshape(self, *shape: int) -> Value:
+        """0 keeps a side, -1 takes what is left."""
+        return Value(op.reshape(self.var, op.const(np.array(shape, np.int64))))
+
+    def unsqueeze(self, *axes: int) -> Value:
+        return Value(op.unsqueeze(self.var, op.const(np.array(axes, np.int64))))
+
+    def squeeze(self, *axes: int) -> Value:
+        return Value(op.squeeze(self.var, op.const(np.array(axes, np.int64))))
+
+    def take(self, index: Value | int, axis: int = 0) -> Value:
+        """Slices of these numbers along an axis (one number: without that axis)."""
+        picks = index if isinstance(index, Value) else constant(np.int64(index))
+        return Value(op.gather(self.var, picks.var, axis=axis))
+
+    def take_along(self, index: Value, axis: int = 1) -> Value:
+        return Value(op.gather_elements(self.var, index.var, axis=axis))
+
+    def at(self, index: Value) -> Value:
+        """The slices at multi-indices [N,k]."""
+        return Value(op.gather_nd(self.var, index.var))
+
+    def put(self, index: Value, values: Value) -> Value:
+        """A copy with ``values`` at multi-indices [N,k]."""
+        return Value(op.scatter_nd(self.var, index.var, values.var))
+
+    def columns(self, start: int, stop: int) -> Value:
+        """[:, start:stop]"""
+        ends = (op.const(np.array([end], np.int64)) for end in (start, stop, 1))
+        return Value(op.slice(self.var, *ends))
+
+    def sum(self, axis: int, keep: bool = False) -> Value:
+        return Value(op.reduce_sum(self.var, op.const(np.array([axis], np.int64)), keepdims=int(keep)))
+
+    def any(self, axis: int) -> Value:
+        """Is any true along the axis, which stays?"""
+        return Value(op.reduce_max(self.cast(np.int32).var, op.const(np.array([axis], np.int64)))) > 0
+
+    def argmax(self, axis: int) -> Value:
+        return Value(op.arg_max(self.var, axis=axis, keepdims=0))
+
+    def softmax(self, axis: int) -> Value:
+        return Value(op.softmax(self.var, axis=axis))
+
+    def cumsum(self, axis: int) -> Value:
+        return Value(op.cumsum(self.var, op.const(np.int64(axis))))
+
+    def sigmoid(self) -> Value:
+        """1/(1+e^-x). ONNX Runtime's own is inexact where it is small, and the repair ranks pixels there."""
+        return constant(np.float32(1)) / (Value(op.exp(op.neg(self.var))) + 1)
+
+    def ceil(self) -> Value:
+        return Value(op.ceil(self.var))
+
+    def round(self) -> Value:
+        return Value(op.round(self.var))
+
+    def sqrt(self) -> Value:
+        return Value(op.sqrt(self.var))
+
+    def clip(self, low: Value | int | None = None, high: Value | int | None = None) -> Value:
+        result = self
+        if low is not None:
+            result = Value(op.max([result.var, self._other(low)]))
+        if high is not None:
+            result = Value(op.min([result.var, self._other(high)]))
+        return result
+
+    def nonzero(self) -> Value:
+        """Multi-indices [N,k] of what is true."""
+        return Value(op.non_zero(self.cast(np.uint8).var)).transpose(1, 0)
+
+    def sort_descending(self) -> Value:
+        """Along the last axis of [B,N]."""
+        count = Value(op.shape(self.var)).take(constant(np.array([1], np.int64)))
+        values, _ = op.top_k(self.var, count.var, axis=1, largest=1, sorted=1)
+        return Value(values)
+
+    def max_pool(self, side: int) -> Value:
+        """Maximum over side×side pixels around each of [N,1,H,W]."""
+        pooled, _ = op.max_pool(self.var, kernel_shape=[side, side], pads=[side // 2] * 4)
+        return Value(pooled)
+
+
+def constant(value: Any) -> Value:
+    return Value(op.const(value))
+
+
+def where(condition: Value, yes: Any, no: Any) -> Value:
+    """Elementwise choice; at least one of the two is a Value."""
+    like = yes if isinstance(yes, Value) else no
+    if like.dtype == np.bool_:  # ONNX Runtime chooses no booleans
+        return (condition & Value(like._other(yes))) | (~condition & Value(like._other(no)))
+    return Value(op.where(condition.var, like._other(yes), like._other(no)))
+
+
+def pad_columns(value: Value, multiple: int) -> Value:
+    """[B,N] with zeros on the right, so that N becomes a multiple."""
+    count = Value(op.shape(value.var)).take(constant(np.array([1], np.int64)))
+    missing = (constant(np.int64(multiple)) - count % multiple) % multiple
+    zero = op.const(np.zeros(3, np.int64))
+    return Value(op.pad(value.var, op.concat([zero, missing.var], axis=0)))
+
+
+def argument(dtype: Any, *shape: int | str) -> Value:
+    """An input of the graph; a side given by name is dynamic."""
+    return Value(spox.argument(spox.Tensor(dtype, shape)))
+
+
+def loop(
+    body: Callable[..., tuple[Value, Sequence[Value]]], state: Sequence[Value], bound: int
+) -> list[Value]:
+    """Repeat ``body(*state) -> (go on?, state)`` while it says so, at most ``bound`` times; the last state."""
+
+    def inner(_number: spox.Var, _go_on: spox.Var, *carried: spox.Var) -> list[spox.Var]:
+        go_on, new = body(*map(Value, carried))
+        return [go_on.var, *(value.var for value in new)]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the types of what a loop leaves are not inferred: restored below
+        last = op.loop(
+            op.const(np.array([bound], np.int64)),
+            op.const(np.array([True])),
+            v_initial=[value.var for value in state],
+            body=inner,
+        )
+    sides = [[int(str(side)) for side in (value.var.unwrap_tensor().shape or ())[1:]] for value in state]
+    return [Value(var).reshape(-1, *rest) for var, rest in zip(last, sides, strict=True)]
+
+
+def call(network: onnx.ModelProto, x: Value) -> Value:
+    """The first output of a network of one input, its nodes becoming part of this graph."""
+    (name,) = (value.name for value in network.graph.input)
+    outputs = spox.inline(network)(**{name: x.var})
+    return Value(outputs[network.graph.output[0].name])
+
+
+def build(
+    inputs: dict[str, Value], outputs: dict[str, Value], shapes: dict[str, Sequence[int | str]]
+) -> onnx.ModelProto:
+    """The model from these inputs to these outputs. shapes: sides of an output after its first, the batch."""
+    model = spox.build(
+        {name: value.var for name, value in inputs.items()},
+        {name: value.var for name, value in outputs.items()},
+    )
+    _hoist(model.graph)
+    for output in model.graph.output:
+        kind = output.type.tensor_type.elem_type
+        sides = ["batch", *shapes.get(output.name, ())]
+        output.CopyFrom(onnx.helper.make_tensor_value_info(output.name, kind, sides))
+    return model
+
+
+def _hoist(graph: onnx.GraphProto) -> None:
+    """Move what a loop computes anew at every turn, from nothing that turns change, to before the loop.
+
+    A network's weights stay inside: only there does ONNX Runtime lay them out for the CPU.
+    """
+    for place, loop_node in reversed(list(enumerate(graph.node))):
+        if loop_node.op_type != "Loop":
+            continue
+        body = next(attribute.g for attribute in loop_node.attribute if attribute.name == "body")
+        constants = {node.output[0] for node in body.node if node.op_type == "Constant"}
+        changing = {value.name for value in body.input}
+        moving: set[str] = set()
+        for node in body.node:
+            if node.output[0] not in constants and changing.isdisjoint(node.input):
+                if not constants.issuperset(filter(None, node.input)):
+                    moving |= {node.output[0], *constants.intersection(node.input)}
+            else:
+                changing.update(set(node.output) - constants)
+        moved = [node for node in body.node if node.output[0] in moving]
+        for node in reversed(moved):
+            graph.node.insert(place, node)
+            body.node.remove(node)

@@ -1,0 +1,144 @@
+"""8-bit networks: static quantisation with scales from calibration images, and what it costs in answers."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from ..errors import RequestError
+from .parity import Parity
+from .runtime import Explained
+
+CALIBRATION = 64  # images are enough for the ranges of activations
+MOST_LABELS, MOST_FLIPS = (
+    0.02,
+    0.02,
+)  # shares of images of another class, and of mask pixels, that are accepted
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What 8 bits change, on the images of the check, against the float32 explainer.
+
+    flips: share of mask pixels that differ; labels: of images with another class; certified, kept, area: of float32 and
+    of int8; speedup: time an image of float32 over int8, one thread.
+    """
+
+    parity: Parity
+    certified: tuple[float, float]
+    kept: tuple[float, float]
+    area: tuple[float, float]
+    speedup: float
+
+    @classmethod
+    def of(cls, before: Explained, after: Explained, parity: Parity) -> Cost:
+        pairs = {name: (share(before, name), share(after, name)) for name in ("certified", "kept", "area")}
+        return cls(parity, **pairs, speedup=before.milliseconds / after.milliseconds)
+
+    @property
+    def acceptable(self) -> bool:
+        """Few other answers, and no explanation that fails to keep its class."""
+        return (
+            self.parity.labels <= MOST_LABELS * self.parity.images
+            and self.parity.mask_flip_share <= MOST_FLIPS
+            and self.kept[1] >= self.kept[0]
+        )
+
+    def summary(self) -> dict[str, Any]:
+        return {**asdict(self), "acceptable": self.acceptable}
+
+    def __str__(self) -> str:
+        changes = (
+            f"{name} {before:.1%} → {after:.1%}"
+            for name, (before, after) in (
+                ("certified", self.certified),
+                ("kept", self.kept),
+                ("area", self.area),
+            )
+        )
+        parity = self.parity
+        return (
+            f"int8 against float32 on {parity.images} images: {parity.mask_flip_share:.2%} of the mask pixels and "
+            f"{parity.labels} labels differ, {', '.join(changes)}, {self.speedup:.2f} times as fast"
+        )
+
+
+def share(explained: Explained, name: str) -> float:
+    """Mean of a field of the certificates."""
+    return float(np.mean([getattr(certificate, name) for certificate in explained.certificates]))
+
+
+def quantised(network: onnx.ModelProto, calibration: npt.NDArray[np.float32]) -> onnx.ModelProto:
+    """The network with 8-bit weights (a scale a channel) and activations, its ranges seen on images [N,C,H,W].
+
+    Raises RequestError when ONNX Runtime's quantiser is not there or fails.
+    """
+    try:
+        from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+        from onnxruntime.quantization.shape_inference import quant_pre_process
+    except ImportError as error:
+        raise RequestError(
+            f"quantisation needs onnx and onnxruntime ({error}); pip install 'minexp[onnx]'"
+        ) from error
+
+    class Images(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.parts = iter(np.array_split(calibration, -(-len(calibration) // 8)))
+
+        def get_next(self) -> dict[str, npt.NDArray[np.float32]] | None:
+            part = next(self.parts, None)
+            return None if part is None else {"x": np.ascontiguousarray(part)}
+
+    with tempfile.TemporaryDirectory() as folder, _quietly():
+        plain, ready, done = (str(Path(folder) / f"{name}.onnx") for name in ("plain", "ready", "int8"))
+        onnx.save(network, plain)
+        try:
+            quant_pre_process(plain, ready, skip_symbolic_shape=True)
+            quantize_static(
+                ready,
+                done,
+                Images(),
+                quant_format=QuantFormat.QDQ,
+                per_channel=True,
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+                nodes_to_exclude=_last_layer(onnx.load(ready)),
+            )
+        except Exception as error:
+            text = " ".join(str(error).split())[:200]
+            raise RequestError(
+                f"ONNX Runtime cannot quantise this network ({text}); export it in float32"
+            ) from error
+        model = onnx.load(done)
+    standard = [opset for opset in model.opset_import if not opset.domain]
+    del model.opset_import[:]  # the quantiser names domains that it does not use
+    model.opset_import.extend(standard)
+    return model
+
+
+def _last_layer(model: onnx.ModelProto) -> list[str]:
+    """Names of the last layer with weights and all behind it: their outputs are compared and ranked, so stay exact."""
+    nodes = list(model.graph.node)
+    last = max(place for place, node in enumerate(nodes) if node.op_type in ("Conv", "Gemm", "MatMul"))
+    return [node.name for node in nodes[last:]]
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """The quantiser logs a warning for every model."""
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
