@@ -26,7 +26,6 @@ import onnx
 import torch
 from PIL import Image
 
-from minexp.certify import Predicate
 from minexp.classifier import Classifier
 from minexp.data.sources import open_source
 from minexp.data.subjects import digits
@@ -37,6 +36,7 @@ from minexp.deploy.quantise import quantised
 from minexp.deploy.runtime import Explainer, open_session
 from minexp.jobs.local import explain_dataset as explain_torch
 from minexp.masker import Architecture, Masker
+from minexp.predicate import Predicate
 
 RESULTS = Path(__file__).resolve().parent / "results"
 COLUMNS = (

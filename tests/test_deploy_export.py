@@ -13,7 +13,6 @@ from torch import nn
 from trained_tiles import masker, tiles
 
 from minexp.certificate import Certificate
-from minexp.certify import Predicate
 from minexp.classifier import Classifier, load_classifier
 from minexp.data.store import unpack_mask
 from minexp.deploy import Explainer
@@ -25,6 +24,7 @@ from minexp.deploy.parity import compare
 from minexp.deploy.quantise import quantised
 from minexp.deploy.runtime import open_session
 from minexp.errors import RequestError
+from minexp.predicate import Predicate
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,12 @@ import torch
 from tiny_models import one_thread  # noqa: F401
 from torch import nn
 
-from minexp.certify import Predicate
 from minexp.classifier import Classifier
 from minexp.deploy.export import Draft
 from minexp.deploy.networks import classifier_network, masker_network
 from minexp.deploy.runtime import Explainer, open_session
 from minexp.masker import Architecture, Masker
+from minexp.predicate import Predicate
 
 SIZE, CLASSES = 32, 7
 

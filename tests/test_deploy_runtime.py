@@ -19,7 +19,6 @@ from PIL import Image
 from tiny_models import one_thread  # noqa: F401
 from trained_tiles import masker, tiles
 
-from minexp.certify import Predicate
 from minexp.cli import main
 from minexp.data.sources import open_source
 from minexp.data.store import read_run, read_store
@@ -28,6 +27,7 @@ from minexp.deploy.metadata import About
 from minexp.deploy.repository import write_repository
 from minexp.errors import MinexpError, RequestError
 from minexp.jobs.local import explain_dataset
+from minexp.predicate import Predicate
 from minexp.report import write_report
 
 ROOT = Path(__file__).resolve().parents[1]

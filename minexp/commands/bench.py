@@ -14,12 +14,17 @@ from .base import DONE, Command
 
 @dataclass(frozen=True, kw_only=True)
 class Bench(Command):
-    """Time the operators or the whole explanation (in a source checkout)."""
+    """Measure the operators, the whole explanation, and its quality (in a source checkout)."""
 
     example = "minexp bench explain"
 
-    suite: Positional[Literal["kernels", "explain", "deploy"]]
-    """What to time."""
+    suite: Positional[Literal["kernels", "explain", "deploy", "mosaic", "peers", "ablation"]]
+    """kernels, explain, deploy: times; mosaic: whether the tile that decides is named; peers: against other explainers;
+    ablation: what each term of the objective is worth."""
+    images: int | None = None
+    """Images to explain (mosaic, peers, ablation)."""
+    out: Path | None = None
+    """Folder for tables and plots (peers)."""
 
     def run(self) -> int:
         import runpy
@@ -30,4 +35,7 @@ class Bench(Command):
                 "the benchmarks are not installed with the package; run this in a source checkout"
             )
         options = [f"--{name}" for name in ("json", "quiet") if getattr(self, name)]
+        options += [
+            f"--{name}={value}" for name in ("images", "out") if (value := getattr(self, name)) is not None
+        ]
         return int(runpy.run_path(str(script))["main"]([self.suite, *options]) or DONE)

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from .. import __version__
 from ..backgrounds import Backgrounds
-from ..certify import PER_FAMILY, Predicate
 from ..classifier import Classifier
 from ..data.files import replacing
 from ..data.store import unpack_mask
 from ..errors import RequestError
 from ..explanation import Explanation, explain, make_backgrounds
 from ..masker import Masker
+from ..predicate import Predicate
 from ..targets import Binary, Target
 from ..weights import state_digest
 from .bake import make_pictures, make_plan
@@ -164,7 +164,7 @@ class Draft:
                 f"an explainer file answers for the class with the highest score, not for '{target}'; load the "
                 "classifier without --target"
             )
-        plan = make_plan(predicate, str(target), fresh=PER_FAMILY)
+        plan = make_plan(predicate, str(target))
         return cls(classifier, masker, predicate, backgrounds, background, seed, plan)
 
     def networks(self) -> tuple[onnx.ModelProto, onnx.ModelProto]:
@@ -251,7 +251,7 @@ class Draft:
             families=self.plan.families,
             fresh=self.plan.fresh,
             rho=self.plan.rho if self.plan.kind == "robust" else None,
-            predicate=self.plan.texts[0],
+            predicates=self.plan.texts,
             threshold=self.plan.threshold,
             background=tuple(colour),
             precision=precision,

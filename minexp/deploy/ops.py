@@ -139,7 +139,7 @@ class Value:
     def sqrt(self) -> Value:
         return Value(op.sqrt(self.var))
 
-    def clip(self, low: Value | int | None = None, high: Value | int | None = None) -> Value:
+    def clip(self, low: Value | float | None = None, high: Value | float | None = None) -> Value:
         result = self
         if low is not None:
             result = Value(op.max([result.var, self._other(low)]))
@@ -151,11 +151,15 @@ class Value:
         """Multi-indices [N,k] of what is true."""
         return Value(op.non_zero(self.cast(np.uint8).var)).transpose(1, 0)
 
-    def sort_descending(self) -> Value:
-        """Along the last axis of [B,N]."""
-        count = Value(op.shape(self.var)).take(constant(np.array([1], np.int64)))
-        values, _ = op.top_k(self.var, count.var, axis=1, largest=1, sorted=1)
+    def sort_descending(self, count: int) -> Value:
+        """Along the last axis of [B,count]."""
+        values, _ = op.top_k(self.var, op.const(np.array([count], np.int64)), axis=1, largest=1, sorted=1)
         return Value(values)
+
+    def largest(self, count: int) -> Value:
+        """Where the ``count`` largest of each row of [B,N] are, the largest first: [B,count]."""
+        _, places = op.top_k(self.var, op.const(np.array([count], np.int64)), axis=1, largest=1, sorted=1)
+        return Value(places)
 
     def max_pool(self, side: int) -> Value:
         """Maximum over side×side pixels around each of [N,1,H,W]."""

@@ -131,7 +131,7 @@ class Explainer:
         inputs = [(value.name, value.type, value.shape[1:]) for value in session.get_inputs()]
         draws = len(self.about.families) * self.about.fresh
         wanted: dict[str, tuple[str, list[int]]] = {
-            **{name: ("tensor(int64)", []) for name in ("label", "label_masked", "evaluations")},
+            **{name: ("tensor(int64)", []) for name in ("label", "label_masked", "attempt", "evaluations")},
             **{name: ("tensor(bool)", []) for name in ("holds", "certified", "dilation_kept")},
             **{name: ("tensor(float)", []) for name in _FLOATS},
             "kept_on": ("tensor(bool)", [draws]),
@@ -222,7 +222,8 @@ class Explainer:
             evaluations=int(one["evaluations"]),
             kept_on=dict(zip(about.families, draws.tolist(), strict=True)),
         )
-        return write_certificate(measured, about.predicate, about.rho)
+        claim = about.predicates[min(int(one["attempt"]), len(about.predicates) - 1)]
+        return write_certificate(measured, claim, about.rho)
 
     def stream(self, images: Sequence[Pixels] | Iterator[Pixels], batch: int = BATCH) -> Iterator[Explained]:
         """Explain images [H,W,C] of any size one batch after the other, in order."""
