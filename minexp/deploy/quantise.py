@@ -40,9 +40,9 @@ class Cost:
     speedup: float
 
     @classmethod
-    def of(cls, before: Explained, after: Explained, parity: Parity) -> Cost:
+    def of(cls, before: Explained, after: Explained, parity: Parity, speedup: float) -> Cost:
         pairs = {name: (share(before, name), share(after, name)) for name in ("certified", "kept", "area")}
-        return cls(parity, **pairs, speedup=before.milliseconds / after.milliseconds)
+        return cls(parity, **pairs, speedup=speedup)
 
     @property
     def acceptable(self) -> bool:
