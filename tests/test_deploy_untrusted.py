@@ -252,7 +252,7 @@ def mutated(model: Model, rng: random.Random) -> Model:
 
 
 def test_300_mutated_files_crash_and_hang_nothing(tmp_path: Path, good: Model) -> None:
-    """250 with damaged bytes, half of them sealed again, and 50 of a changed structure; in a process with limits."""
+    """250 with damaged bytes, some sealed again, and 50 of a changed structure; in a process with limits."""
     rng, content = random.Random(0), exported().explainer.read_bytes()
     paths = []
     for number in range(300):
@@ -263,9 +263,11 @@ def test_300_mutated_files_crash_and_hang_nothing(tmp_path: Path, good: Model) -
             damaged = bytearray(content)
             for _ in range(rng.randrange(1, 20)):
                 place = rng.randrange(len(damaged))
-                damaged[place : place + rng.randrange(1, 5)] = rng.randbytes(rng.randrange(6))
-            # every second one sealed again, so that the bytes themselves are looked at
-            path.write_bytes(damaged if number % 2 else sealed(bytes(damaged[:-83])))
+                width = rng.randrange(1, 5)
+                other = width if number % 4 < 2 else rng.randrange(6)  # replaced, or also shifted
+                damaged[place : place + width] = rng.randbytes(other)
+            # some sealed again, so that the bytes themselves are looked at
+            path.write_bytes(damaged if number % 8 else sealed(bytes(damaged[:-83])))
         paths.append(path)
     done = subprocess.run(
         [sys.executable, "-c", FUZZ],
