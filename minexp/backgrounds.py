@@ -171,7 +171,7 @@ class Backgrounds:
     """
 
     def __init__(self, mean: Tensor, reference: Tensor | None = None, seed: int = 0) -> None:
-        self.mean = mean.mul(255).round().div(255)  # a colour that 8-bit pictures have
+        self.mean = mean
         self.reference = reference
         self.seed = seed
         self._pools: dict[tuple[str, str, torch.Size], Tensor] = {}

@@ -51,8 +51,7 @@ def make_pictures(
 ) -> Pictures:
     """The plan's backgrounds for images of ``shape`` (C,H,W); empty: class probabilities of the default one."""
     like = torch.zeros(1, *shape)
-    colour = (backgrounds.default(like).reshape(-1) * 255).round().to(torch.uint8).numpy()
-    drawn, first, count = [np.broadcast_to(colour[None, :, None, None], like.shape)], {}, 1
+    drawn, first, count = [], {}, 0
     for (purpose, family), draws in plan.pools.items():
         if family in FROM_IMAGE:
             continue
@@ -66,7 +65,7 @@ def make_pictures(
         count += draws
     rows, columns = backgrounds.blurs(shape[1:], purpose="certificate", count=POOL)
     return Pictures(
-        colour=colour,
+        colour=backgrounds.default(like).reshape(-1).numpy(),
         drawn=np.concatenate(drawn),
         first=first,
         blur=(rows.numpy(), columns.numpy()),

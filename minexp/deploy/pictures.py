@@ -14,12 +14,12 @@ from .ops import Value, constant, pad_columns, where
 class Pictures:
     """The backgrounds of a job as an explainer carries them.
 
-    colour: uint8 [C], what removed pixels become by default. drawn: uint8 [N,C,H,W], the first all of that colour;
-    first: where the draws of (purpose, family) begin in it. blur: matrices [POOL,H,H] and [POOL,W,W] that blur rows
-    and columns, one pair a draw. empty: class probabilities [K] of the default background alone.
+    colour: [C] in [0,1], what removed pixels become by default. drawn: uint8 [N,C,H,W]; first: where the draws of
+    (purpose, family) begin in it. blur: matrices [POOL,H,H] and [POOL,W,W] that blur rows and columns, one pair a
+    draw. empty: class probabilities [K] of the default background alone.
     """
 
-    colour: npt.NDArray[np.uint8]
+    colour: npt.NDArray[np.float32]
     drawn: npt.NDArray[np.uint8]
     first: dict[tuple[str, str], int]
     blur: tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]

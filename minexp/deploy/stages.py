@@ -15,7 +15,7 @@ from ..families import FROM_IMAGE, POOL, RANDOM
 from .checks import Table, Verdict
 from .ops import Value, call, choose, constant, loop, where
 from .pictures import Pictures, area, draw_numbers, local_order, packed, pixels
-from .plan import Plan
+from .plan import DEFAULT, Plan
 
 # What an image waits for; a bisection is BISECT + its number.
 IMAGE, FIRST, WHOLE, GROW, CERTIFY, DONE, BISECT = range(7)
@@ -83,6 +83,7 @@ class Stages:
         first = self.table.certificate
         kept = last.mask.reshape(0, h, w)
         drawn = last.outcome.columns(self.table.fresh_draws, len(self.table)).equals(1)
+        colour = np.round(self.pictures.colour * 255).astype(np.uint8)
         return {
             "label": last.label,
             "conf": last.prob.take(self.table.image, axis=1),
@@ -101,7 +102,7 @@ class Stages:
             "evaluations": last.spent,
             "mask_bits": packed(last.mask),
             "prob": self.p.squeeze(1),
-            "explanation": where(kept.unsqueeze(3), self.image, constant(self.pictures.colour)),
+            "explanation": where(kept.unsqueeze(3), self.image, constant(colour)),
         }
 
     def _share(self, drawn: Value, families: list[str]) -> Value:
@@ -209,18 +210,20 @@ class Stages:
             return [masks.take(image), pictures]
 
         def special() -> list[Value]:
-            """Checks that show something else than the mask, or blur the image: few, and dear."""
+            """Checks on the plain colour or a blurred image, or that show something else than the mask: few."""
             shown = masks.take(image)
             wide = (masks.cast(np.float32).max_pool(3) > 0).take(image)
             for value, other in (("dilated", wide), ("complement", ~shown), ("image", shown | ~shown)):
                 shown = where(column(table.where(shown=value)).reshape(-1, 1, 1, 1), other, shown)
+            plain = column(table.where(background=DEFAULT)).reshape(-1, 1, 1, 1)
+            background = where(plain, constant(self.pictures.colour.reshape(1, -1, 1, 1)), pictures)
             if self.blurred is None:
-                return [shown, pictures]
+                return [shown, background]
             blur = column(table.where(background=FROM_IMAGE[0]))
             blurred = self.blurred.at(_pairs(image, where(blur, number, 0)))
-            return [shown, where(blur.reshape(-1, 1, 1, 1), blurred, pictures)]
+            return [shown, where(blur.reshape(-1, 1, 1, 1), blurred, background)]
 
-        rare = ~table.where(shown="mask") | table.where(background=FROM_IMAGE[0])
+        rare = table.where(background=DEFAULT) | table.where(background=FROM_IMAGE[0])
         shown, background = choose(column(rare).any(0), special, usual)
         kept, rest = shown.cast(np.float32), (~shown).cast(np.float32)
         # products with 0 and 1 are exact, and faster than a choice
