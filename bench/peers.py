@@ -202,7 +202,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Rows for minexp's efforts and every peer that can be imported.
 
-    Explainers whose default takes thousands of evaluations are run so on a fortieth of the images, and on a fifth
+    Explainers whose default takes thousands of evaluations are run so on a fortieth of the images, and on a tenth
     of them with a budget of 256. With ``out``, also a Markdown and a CSV table and two plots there.
     """
     folder = None if out is None else Path(out)
@@ -242,7 +242,9 @@ def measure(
             print(why, file=sys.stderr)
             continue
         runs = (
-            [(None, images)] if not peer.heavy else [(256, max(2, images // 5)), (None, max(2, images // 40))]
+            [(None, images)]
+            if not peer.heavy
+            else [(256, max(2, images // 10)), (None, max(2, images // 40))]
         )
         for budget, count in runs:
             try:
