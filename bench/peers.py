@@ -198,12 +198,17 @@ def prepared(variant: scenes.Variant, out: Path | None) -> tuple[Classifier, Mas
 
 
 def measure(
-    quiet: bool, *, images: int = 500, out: str | None = None, variant: scenes.Variant = "plain"
+    quiet: bool,
+    *,
+    images: int = 500,
+    out: str | None = None,
+    variant: scenes.Variant = "plain",
+    peers: str | None = None,
 ) -> list[dict[str, Any]]:
     """Rows for minexp's efforts and every peer that can be imported.
 
     Explainers whose default takes thousands of evaluations are run so on a fortieth of the images, and on a tenth
-    of them with a budget of 256. With ``out``, also a Markdown and a CSV table and two plots there.
+    of them with a budget of 256. peers: names of those to run, separated by commas, or "none". With ``out``, also a Markdown and a CSV table and two plots there.
     """
     folder = None if out is None else Path(out)
     classifier, masker = prepared(variant, folder)
@@ -237,7 +242,10 @@ def measure(
     if not quiet:
         share = wrong.float().mean().item()
         print(f"wrong-class control: {share:.3f} of {len(few)} pass with as many pixels", file=sys.stderr)
+    chosen = None if peers is None else {name.strip() for name in peers.split(",")}
     for peer in PEERS:
+        if chosen is not None and peer.name not in chosen:
+            continue
         if (why := missing(peer)) is not None:
             print(why, file=sys.stderr)
             continue
