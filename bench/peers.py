@@ -208,7 +208,8 @@ def measure(
     """Rows for minexp's efforts and every peer that can be imported.
 
     Explainers whose default takes thousands of evaluations are run so on a fortieth of the images, and on a tenth
-    of them with a budget of 256. peers: names of those to run, separated by commas, or "none". With ``out``, also a Markdown and a CSV table and two plots there.
+    of them with a budget of 256. peers: names of those to run, separated by commas, or "none". With ``out``, also a
+    Markdown and a CSV table and two plots there.
     """
     folder = None if out is None else Path(out)
     classifier, masker = prepared(variant, folder)
