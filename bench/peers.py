@@ -308,5 +308,6 @@ def plot(rows: Sequence[dict[str, Any]], stem: Path) -> None:
         if column == "evaluations":
             axes.set_xscale("log")
         axes.set(xlabel=title, ylabel="share of the pixels kept", ylim=(0, None))
+        axes.margins(x=0.12)  # room for the names
         axes.grid(alpha=0.25)
         figure.savefig(stem.with_name(f"{stem.name}_{name}.png"), dpi=120)
