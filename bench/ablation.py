@@ -57,7 +57,7 @@ def measure(
     rows, size = [], judge.micro_batch.size
     for name, objective in VARIANTS.items():
         started = time.process_time()
-        settings = Refinement(steps=steps, objective=objective)
+        settings = Refinement(steps=steps, check=15, objective=objective)
         found, alone = [], []
         for first in range(0, images, size):
             part = x[first : first + size]

@@ -290,8 +290,8 @@ PEERS = (
     Peer("lime", "lime", lime),
     Peer("shap", "shap", shap),
     Peer("rise", "torchray", rise, heavy=True),
-    Peer("extremal perturbation", "torchray", extremal_perturbation, heavy=True),
     Peer("rex", "rex_xai", rex, heavy=True),
+    Peer("extremal perturbation", "torchray", extremal_perturbation, heavy=True),
 )
 
 

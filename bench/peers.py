@@ -198,12 +198,18 @@ def prepared(variant: scenes.Variant, out: Path | None) -> tuple[Classifier, Mas
 
 
 def measure(
-    quiet: bool, *, images: int = 500, out: str | None = None, variant: scenes.Variant = "plain"
+    quiet: bool,
+    *,
+    images: int = 500,
+    out: str | None = None,
+    variant: scenes.Variant = "plain",
+    peers: str | None = None,
 ) -> list[dict[str, Any]]:
     """Rows for minexp's efforts and every peer that can be imported.
 
-    Explainers whose default takes thousands of evaluations are run so on a fortieth of the images, and on a fifth
-    of them with a budget of 256. With ``out``, also a Markdown and a CSV table and two plots there.
+    Explainers whose default takes thousands of evaluations are run so on a fortieth of the images, and on a tenth
+    of them with a budget of 256. peers: names of those to run, separated by commas, or "none". With ``out``, also a
+    Markdown and a CSV table and two plots there.
     """
     folder = None if out is None else Path(out)
     classifier, masker = prepared(variant, folder)
@@ -237,12 +243,17 @@ def measure(
     if not quiet:
         share = wrong.float().mean().item()
         print(f"wrong-class control: {share:.3f} of {len(few)} pass with as many pixels", file=sys.stderr)
+    chosen = None if peers is None else {name.strip() for name in peers.split(",")}
     for peer in PEERS:
+        if chosen is not None and peer.name not in chosen:
+            continue
         if (why := missing(peer)) is not None:
             print(why, file=sys.stderr)
             continue
         runs = (
-            [(None, images)] if not peer.heavy else [(256, max(2, images // 5)), (None, max(2, images // 40))]
+            [(None, images)]
+            if not peer.heavy
+            else [(256, max(2, images // 10)), (None, max(2, images // 40))]
         )
         for budget, count in runs:
             try:
@@ -297,5 +308,6 @@ def plot(rows: Sequence[dict[str, Any]], stem: Path) -> None:
         if column == "evaluations":
             axes.set_xscale("log")
         axes.set(xlabel=title, ylabel="share of the pixels kept", ylim=(0, None))
+        axes.margins(x=0.12)  # room for the names
         axes.grid(alpha=0.25)
         figure.savefig(stem.with_name(f"{stem.name}_{name}.png"), dpi=120)

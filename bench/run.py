@@ -30,7 +30,8 @@ COLUMNS = (
     "speedup",
     "bandwidth",
 )
-NOT_SUITES = ("run", "test_kernels")
+NOT_SUITES = ("run", "test_kernels", "attributions")
+OPTIONS = ("images", "out", "variant", "peers")
 SUITES = tuple(sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in NOT_SUITES))
 
 
@@ -42,11 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quiet", action="store_true", help="print no progress")
     parser.add_argument("--images", type=int, help="images to explain")
     parser.add_argument("--out", help="folder for tables and plots")
+    parser.add_argument("--variant", help="scenes to compare explainers on")
+    parser.add_argument("--peers", help="explainers to compare with, separated by commas")
     options = parser.parse_args(argv)
     folder = str(Path(__file__).resolve().parent)
     sys.path[:0] = [] if folder in sys.path else [folder]
     suite = importlib.import_module(options.suite)
-    given = {name: getattr(options, name) for name in ("images", "out") if getattr(options, name) is not None}
+    given = {name: getattr(options, name) for name in OPTIONS if getattr(options, name) is not None}
     if unknown := given.keys() - inspect.signature(suite.measure).parameters.keys():
         parser.error(f"{options.suite} has no --{min(unknown)}")
     rows = suite.measure(options.quiet, **given)

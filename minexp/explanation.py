@@ -250,7 +250,9 @@ def explain(
             larger = replace(larger, evaluations=larger.evaluations + spent)
             found = found.put(index, larger)
             new = certify(
-                judge,
+                judge
+                if effort == "minimal"
+                else search.judge,  # 1-minimality is about the predicate that is named
                 x[index],
                 logits[index],
                 larger,

@@ -174,34 +174,37 @@ class Judge:
 
     def _check(self, x: Tensor, mask: Tensor, image: Tensor, check: Tensor) -> Tensor:
         """Scores [N,K] of the checks numbered ``check`` [N] for the images numbered ``image`` [N]."""
+        shown: list[Tensor] = []
+        places: list[Tensor] = []
+        scores: list[Tensor] = []
+        for number in check.unique().tolist():
+            place = (check == number).nonzero().flatten()
+            index = image[place]
+            # most often all images are asked alike: then nothing of them is copied
+            part, kept = (x, mask) if len(index) == len(x) else (x[index], mask[index])
+            shown.append(self._shown(part, kept, number))
+            places.append(place)
+            if sum(map(len, shown)) >= self.micro_batch.size:
+                scores.append(self.logits(torch.cat(shown)))
+                shown = []
+        if shown:
+            scores.append(self.logits(torch.cat(shown)))
+        found = torch.cat(scores)
+        return torch.empty_like(found).index_copy_(0, torch.cat(places), found)
+
+    def _shown(self, x: Tensor, mask: Tensor, check: int) -> Tensor:
+        """What the classifier is shown of x [B,C,H,W] in one check."""
         plain = 1 + self.predicate.dilated
-
-        def some(i: Tensor, c: Tensor) -> Tensor:
-            background = self.backgrounds.default(x).expand(len(i), *x.shape[1:])
-            shown, drawn = mask[i], (c >= plain).nonzero().flatten()
-            if len(drawn):
-                background = background.clone()
-                background[drawn] = self._draw(x[i[drawn]], c[drawn] - plain)
-            if self.predicate.dilated:
-                shown = torch.where((c == 1)[:, None, None, None], dilate(shown), shown)
-            return self._scores(self.question.show(shown, x[i], background))
-
-        return torch.cat(list(self.micro_batch.run(some, image, check)))
-
-    def _draw(self, x: Tensor, numbers: Tensor) -> Tensor:
-        """The predicate's backgrounds [N,C,H,W] of these numbers [N]: the families in turn."""
+        if check < plain:
+            return self.question.show(mask if check == 0 else dilate(mask), x, self.backgrounds.default(x))
+        family, number = RANDOM[(check - plain) % len(RANDOM)], (check - plain) // len(RANDOM)
         pool = max(
             POOL, -(-self.predicate.repeats * self.predicate.draws // len(RANDOM))
         )  # no draw counts twice
-        out, families = torch.empty_like(x), numbers % len(RANDOM)
-        for place, family in enumerate(RANDOM):
-            slots = (families == place).nonzero().flatten()
-            if len(slots):
-                picks = (numbers[slots] // len(RANDOM))[:, None].cpu()
-                out[slots] = self.backgrounds.draw(family, x[slots], picks, purpose="predicate", pool=pool)[
-                    :, 0
-                ]
-        return out
+        like = x[:1] if self.backgrounds.shared(family) else x
+        picks = torch.full((len(like), 1), number)
+        drawn = self.backgrounds.draw(family, like, picks, purpose="predicate", pool=pool)[:, 0]
+        return self.question.show(mask, x, drawn)
 
     def _margin(self, scores: Tensor, decision: Tensor) -> Tensor:
         """[N], positive where a check is passed."""

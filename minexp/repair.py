@@ -159,7 +159,9 @@ def local_order(p: Tensor, threshold: float = 0.5) -> Tensor:
     side = 2 * max(1, min(p.shape[2:]) // 8) + 1
     around = p
     for _ in range(2):
-        around = F.avg_pool2d(around, side, 1, side // 2, count_include_pad=False)
+        for kernel in ((side, 1), (1, side)):  # a square's mean is that of its rows' means
+            padding = (kernel[0] // 2, kernel[1] // 2)
+            around = F.avg_pool2d(around, kernel, 1, padding, count_include_pad=False)
     return torch.where(p > threshold, p, threshold * (p + around) / (1 + threshold))
 
 

@@ -24,7 +24,11 @@ class Bench(Command):
     images: int | None = None
     """Images to explain (mosaic, peers, ablation)."""
     out: Path | None = None
-    """Folder for tables and plots (peers)."""
+    """Folder for tables and plots; a demo in its subfolder VARIANT lends classifier and masker (peers, ablation)."""
+    variant: Literal["plain", "shortcut", "mosaic", "segments"] | None = None
+    """Scenes to compare explainers on (peers)."""
+    peers: str | None = None
+    """Explainers to compare with, separated by commas, or none (peers)."""
 
     def run(self) -> int:
         import runpy
@@ -35,7 +39,6 @@ class Bench(Command):
                 "the benchmarks are not installed with the package; run this in a source checkout"
             )
         options = [f"--{name}" for name in ("json", "quiet") if getattr(self, name)]
-        options += [
-            f"--{name}={value}" for name in ("images", "out") if (value := getattr(self, name)) is not None
-        ]
+        names = ("images", "out", "variant", "peers")
+        options += [f"--{name}={value}" for name in names if (value := getattr(self, name)) is not None]
         return int(runpy.run_path(str(script))["main"]([self.suite, *options]) or DONE)
