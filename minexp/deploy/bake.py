@@ -42,7 +42,7 @@ def make_plan(predicate: Predicate, kept: str, repair: Repair = SPARING) -> Plan
         bisections=repair.bisections,
         enlarge=repair.enlarge,
         hints=repair.hints,
-        texts=tuple(p.claim(kept) for p in asked),
+        text=asked[0].claim(kept),
     )
 
 

@@ -254,7 +254,7 @@ class Draft:
             families=self.plan.families,
             fresh=self.plan.fresh,
             rho=self.plan.rho if self.plan.kind == "robust" else None,
-            predicates=self.plan.texts,
+            predicate=self.plan.text,
             threshold=self.plan.threshold,
             background=tuple(colour),
             precision=precision,

@@ -22,8 +22,7 @@ class About:
 
     fingerprint: of the job that it stands for (classifier, masker, predicate, backgrounds). families, fresh: the
     certificate's backgrounds and draws of each. rho: the share of backgrounds the predicate asks for, None when it
-    asks for none. predicates: the predicate in words, an attempt each: masks that were enlarged satisfy a stricter one.
-    extra: whatever else was recorded.
+    asks for none. predicate: it in words. extra: whatever else was recorded.
     """
 
     format: str
@@ -33,7 +32,7 @@ class About:
     families: tuple[str, ...]
     fresh: int
     rho: float | None
-    predicates: tuple[str, ...]
+    predicate: str
     threshold: float
     background: tuple[float, ...]
     precision: str
@@ -49,18 +48,13 @@ class About:
             "families": list(self.families),
             "fresh": self.fresh,
             "rho": self.rho,
-            "predicates": list(self.predicates),
+            "predicate": self.predicate,
             "threshold": self.threshold,
             "background": list(self.background),
             "precision": self.precision,
             **self.extra,
         }
         return {f"minexp.{key}": json.dumps(value) for key, value in fields.items()}
-
-    @property
-    def predicate(self) -> str:
-        """What a mask has to satisfy at first."""
-        return self.predicates[0]
 
     @classmethod
     def from_metadata(cls, entries: Mapping[str, str], path: object) -> About:
@@ -80,7 +74,7 @@ class About:
                 families=tuple(map(str, fields.pop("families"))),
                 fresh=int(fields.pop("fresh")),
                 rho=None if rho is None else float(rho),
-                predicates=tuple(map(str, fields.pop("predicates"))),
+                predicate=str(fields.pop("predicate")),
                 threshold=float(fields.pop("threshold")),
                 background=tuple(map(float, fields.pop("background"))),
                 precision=str(fields.pop("precision")),

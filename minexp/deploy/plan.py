@@ -44,7 +44,7 @@ class Plan:
     kind, rho, tau, dilated: the predicate's. sets: its random backgrounds, at the first attempt and at each
     enlargement. fresh: draws a family in the certificate, of ``families``. wave: evaluations of an image asked at
     once. threshold: of the probabilities; start, growth, bisections, enlarge, hints: of the repair (`minexp.repair`).
-    texts: the predicate in words, an attempt each.
+    text: the predicate in words.
     """
 
     kind: Literal["top1", "score", "robust"]
@@ -61,7 +61,7 @@ class Plan:
     bisections: int
     enlarge: float
     hints: bool
-    texts: tuple[str, ...]
+    text: str
 
     @property
     def plain(self) -> tuple[Check, ...]:

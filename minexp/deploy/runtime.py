@@ -222,8 +222,7 @@ class Explainer:
             evaluations=int(one["evaluations"]),
             kept_on=dict(zip(about.families, draws.tolist(), strict=True)),
         )
-        claim = about.predicates[min(int(one["attempt"]), len(about.predicates) - 1)]
-        return write_certificate(measured, claim, about.rho)
+        return write_certificate(measured, about.predicate, about.rho)
 
     def stream(self, images: Sequence[Pixels] | Iterator[Pixels], batch: int = BATCH) -> Iterator[Explained]:
         """Explain images [H,W,C] of any size one batch after the other, in order."""
