@@ -14,11 +14,11 @@ from .base import DONE, Command
 
 @dataclass(frozen=True, kw_only=True)
 class Bench(Command):
-    """Time the operators or the whole explanation (in a source checkout)."""
+    """Time the operators, the whole explanation, or the reading of images (in a source checkout)."""
 
     example = "minexp bench explain"
 
-    suite: Positional[Literal["kernels", "explain"]]
+    suite: Positional[Literal["kernels", "explain", "data"]]
     """What to time."""
 
     def run(self) -> int:

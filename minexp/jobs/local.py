@@ -44,6 +44,7 @@ def explain_dataset(
 
     An input that cannot be decoded, or whose explanation throws, becomes a row with its error. A job that was
     stopped goes on behind its last stored row; `resume=False` starts over. The batch size changes no answer.
+    What was left out of images (colour profiles) is said in a warning.
     explain: what to call instead of `minexp.explain`, with its signature.
     Returns the summary of all rows in `out` (shares of 1; None where nothing was explained). RequestError when
     `out` holds another job.
