@@ -98,6 +98,8 @@ def _describe(
         "background": background,
         "seed": seed,
     }
+    if not classifier.execution.plain:
+        identity["execution"] = str(classifier.execution)
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     return {
         "fingerprint": digest,
@@ -108,7 +110,8 @@ def _describe(
         "preprocessing": classifier.preprocessing.to_json(),
         "class_names": list(classifier.class_names),
         "provider": f"torch-{classifier.device.type}",
-        "precision": str(next(classifier.model.parameters(), torch.zeros(0)).dtype).removeprefix("torch."),
+        "precision": classifier.precision,
+        "execution": f"{classifier.execution}: {classifier.agreement}",
         "versions": {"minexp": __version__, "torch": torch.__version__},
     }
 
