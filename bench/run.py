@@ -1,13 +1,16 @@
 """Benchmark suites of this folder: `python bench/run.py explain [--json] [--quiet]`, or `minexp bench explain`.
 
-A suite is a module here with `measure(quiet: bool) -> list[dict]`; its rows have the columns below, times in ms.
+A suite is a module here with `measure(quiet: bool, **options) -> list[dict]`. Its rows have the columns below, times in
+ms, or those that the module names in `COLUMNS`; its options are the keywords of `measure`.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +30,8 @@ COLUMNS = (
     "speedup",
     "bandwidth",
 )
-NOT_SUITES = ("run", "test_kernels")
+NOT_SUITES = ("run", "test_kernels", "attributions")
+OPTIONS = ("images", "out", "variant", "peers")
 SUITES = tuple(sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in NOT_SUITES))
 
 
@@ -37,25 +41,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("suite", choices=SUITES)
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     parser.add_argument("--quiet", action="store_true", help="print no progress")
+    parser.add_argument("--images", type=int, help="images to explain")
+    parser.add_argument("--out", help="folder for tables and plots")
+    parser.add_argument("--variant", help="scenes to compare explainers on")
+    parser.add_argument("--peers", help="explainers to compare with, separated by commas")
     options = parser.parse_args(argv)
     folder = str(Path(__file__).resolve().parent)
     sys.path[:0] = [] if folder in sys.path else [folder]
-    rows = importlib.import_module(options.suite).measure(options.quiet)
-    print(json.dumps(rows) if options.json else table(rows))
+    suite = importlib.import_module(options.suite)
+    given = {name: getattr(options, name) for name in OPTIONS if getattr(options, name) is not None}
+    if unknown := given.keys() - inspect.signature(suite.measure).parameters.keys():
+        parser.error(f"{options.suite} has no --{min(unknown)}")
+    rows = suite.measure(options.quiet, **given)
+    print(json.dumps(rows) if options.json else table(rows, getattr(suite, "COLUMNS", COLUMNS)))
     return 0
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
+def table(rows: Sequence[dict[str, Any]], columns: Sequence[str] = COLUMNS) -> str:
     """The rows as aligned text; a figure that a suite does not have stays blank."""
-    cells = [list(COLUMNS)] + [[_cell(row.get(column)) for column in COLUMNS] for row in rows]
-    widths = [max(len(line[index]) for line in cells) for index in range(len(COLUMNS))]
+    cells = [list(columns)] + [[_cell(row.get(column)) for column in columns] for row in rows]
+    widths = [max(len(line[index]) for line in cells) for index in range(len(columns))]
     return "\n".join(
         "  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)) for line in cells
     )
 
 
 def _cell(value: Any) -> str:
-    if value is None:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 

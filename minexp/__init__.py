@@ -20,10 +20,16 @@ _HOME = {
     "Masker": "masker",
     "load_masker": "masker",
     "fit": "training",
-    "Predicate": "certify",
-    "Certificate": "certify",
+    "Predicate": "predicate",
+    "Certificate": "certificate",
     "Explanation": "explanation",
     "explain": "explanation",
+    "contrast": "questions",
+    "multiple": "questions",
+    "necessary": "questions",
+    "side_by_side": "explanation",
+    "Minimisation": "minimise",
+    "Refinement": "refine",
     "export": "deploy.export",
     "MinexpError": "errors",
     "RequestError": "errors",
@@ -39,8 +45,7 @@ if TYPE_CHECKING:  # "as": exported, for type checkers
     from ._ops import edge_threshold as edge_threshold
     from ._ops import edge_topk as edge_topk
     from ._ops import edge_total_topk as edge_total_topk
-    from .certify import Certificate as Certificate
-    from .certify import Predicate as Predicate
+    from .certificate import Certificate as Certificate
     from .classifier import Classifier as Classifier
     from .classifier import load_classifier as load_classifier
     from .deploy.export import export as export
@@ -49,8 +54,15 @@ if TYPE_CHECKING:  # "as": exported, for type checkers
     from .errors import VerifyError as VerifyError
     from .explanation import Explanation as Explanation
     from .explanation import explain as explain
+    from .explanation import side_by_side as side_by_side
     from .masker import Masker as Masker
     from .masker import load_masker as load_masker
+    from .minimise import Minimisation as Minimisation
+    from .predicate import Predicate as Predicate
+    from .questions import contrast as contrast
+    from .questions import multiple as multiple
+    from .questions import necessary as necessary
+    from .refine import Refinement as Refinement
     from .training import fit as fit
 
 

@@ -198,6 +198,10 @@ class Backgrounds:
         mean = self.mean.to(x.device, x.dtype)
         for number in picks.unique().tolist():
             image, slot = (picks == number).nonzero(as_tuple=True)
+            if family in FROM_IMAGE:  # nothing but the number's own blur is random: the same for every image
+                rng = self._generator(family, purpose, int(number))
+                out[image, slot] = FAMILIES[family](x[image], mean, rng)
+                continue
             # a generator an image and number: the same draw whatever else is in the batch
             for b, k in zip(image.tolist(), slot.tolist(), strict=True):
                 rng = self._generator(family, purpose, int(number))

@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .backgrounds import GREY
-from .certify import Predicate
 from .classifier import Classifier
 from .data import scenes as scene_data
 from .data import subjects
@@ -27,6 +26,7 @@ from .errors import RequestError
 from .jobs.local import explain_dataset
 from .masker import Masker, load_masker
 from .objective import preset
+from .predicate import Predicate
 from .report import Figure, Panel, Section, write_montage, write_report
 from .training import fit
 

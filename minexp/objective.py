@@ -54,6 +54,10 @@ PRESETS: dict[str, Objective] = {
     "default": Objective(),
     # the plain weighted sum: nothing adapts, the area weight is what it says
     "kl": Objective(dual=False, area=15.0),
+    # the published weights for a ResNet-18, thresholded from the first step on
+    "paper": Objective(
+        act=10, ce=15, kl=5, area=100, crisp=1, tv=500, rob=100, match="kl", dual=False, soft=0.0
+    ),
 }
 
 

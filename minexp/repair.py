@@ -2,26 +2,67 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .certify import Judge
+from .judge import Judge, harder
 
-STEP_UP = 1.3  # a failing mask grows by this factor until it holds
-BISECTIONS = 3  # between the last size that failed and the first that held
+
+@dataclass(frozen=True)
+class Repair:
+    """How a masker's mask is repaired.
+
+    start: pixels of the first mask tried, as a multiple of those above 0.5; a masker's masks hold on average, and a
+    quarter more pixels spares most of them a repair. growth: of a mask that fails, each time. bisections: then, between
+    the last size that failed and the first that held. enlarge: the least that a mask gains that fresh draws contradict.
+    hints: ask the checks first that the mask before failed at. again: ask for the kept pixels' scores once more.
+    """
+
+    start: float = 1.25
+    growth: float = 1.4
+    bisections: int = 0
+    enlarge: float = 1.1
+    hints: bool = True
+    again: bool = False
+
+
+SPARING = Repair()
+# The masker's own mask first, and the smallest size that holds: what exported explainers do.
+THOROUGH = Repair(start=1.0, growth=1.3, bisections=3, hints=False, again=True)
 
 
 @dataclass(frozen=True)
 class Masks:
-    """Hard masks [B,1,H,W], whether the predicate holds for each, the threshold that gave it, evaluations spent."""
+    """Hard masks [B,1,H,W], whether the predicate holds for each, the threshold that gave it, evaluations spent.
+
+    scores [B,K]: the classifier's, of what each mask keeps on the default background. minimal_at [B]: side in
+    pixels of the cells none of which can go, 0 where that is not known.
+    """
 
     masks: Tensor
     holds: Tensor
     threshold: Tensor
     evaluations: Tensor
+    scores: Tensor
+    minimal_at: Tensor
+
+    @staticmethod
+    def cat(parts: Sequence[Masks]) -> Masks:
+        """The masks of several batches as one."""
+        return Masks(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Masks)))
+
+    def put(self, index: Tensor, other: Masks) -> Masks:
+        """These masks, with those numbered ``index`` taken from ``other``."""
+        columns = []
+        for field in fields(Masks):
+            column = getattr(self, field.name).clone()
+            column[index] = getattr(other, field.name)
+            columns.append(column)
+        return Masks(*columns)
 
 
 def threshold_masks(
@@ -33,57 +74,75 @@ def threshold_masks(
     tighten: bool = False,
     threshold: float = 0.5,
     at_least: Tensor | None = None,
+    settings: Repair | None = None,
 ) -> Masks:
     """Threshold p [B,1,H,W] at 0.5; where the predicate fails there, lower the threshold until it holds.
 
     The candidates of one image are its probabilities' own level sets: growing by a constant factor, then bisected
     in log-area; keep-all, which always keeps the decision, is the last resort. ``tighten`` also bisects below
     masks that hold at 0.5.
-    at_least [B]: begin with the level sets of that many pixels instead.
+    at_least [B]: begin with the level sets of that many pixels instead. settings: of the search, by default THOROUGH.
     """
+    settings = THOROUGH if settings is None else settings
     h, w = p.shape[2:]
     flat = p.flatten(1)
     ranked = flat.sort(1, descending=True).values
     first = flat > threshold if at_least is None else _level_set(flat, ranked, at_least.clamp(1, h * w))
     count = first.sum(1)
-    ok, spent = judge.holds(x, decision, first.view(p.shape))
+    verdict = judge.holds(x, decision, first.view(p.shape))
+    ok, spent, scores = verdict.ok, verdict.spent, verdict.scores.clone()
+    # what one mask failed at, the next one is asked first
+    hints = harder(verdict.margins) if settings.hints else torch.zeros_like(verdict.margins)
     everything = torch.full_like(count, h * w)
     high = torch.where(ok, count, everything)  # a size that holds
     low = torch.where(ok, (count // 4), count)  # a size that fails, or is not tried below
     holds = torch.ones_like(ok)  # keep-all keeps the decision by definition
     failing = (~ok).nonzero().flatten()
-    if judge.predicate.kind == "score" and len(failing):  # that even the whole image may fail: then say so
+    certain = judge.question.by_all and judge.predicate.kind != "score"
+    if not certain and len(failing):  # that even the whole image may fail: then say so
         whole = torch.ones(len(failing), 1, h, w, dtype=torch.bool, device=x.device)
-        holds[failing], extra = judge.holds(x[failing], decision[failing], whole)
-        spent[failing] += extra
+        verdict = judge.holds(x[failing], decision[failing], whole)
+        holds[failing], scores[failing] = verdict.ok, verdict.scores
+        spent[failing] += verdict.spent
 
     def attempt(index: Tensor, size: Tensor) -> Tensor:
         """Try level sets of these sizes; the bounds move. Which of them hold?"""
         candidate = _level_set(flat[index], ranked[index], size)
-        passed, extra = judge.holds(x[index], decision[index], candidate.view(-1, 1, h, w))
-        spent[index] += extra
-        high[index] = torch.where(passed, size, high[index])
-        low[index] = torch.where(passed, low[index], size)
-        return passed
+        tried = judge.holds(
+            x[index],
+            decision[index],
+            candidate.view(-1, 1, h, w),
+            hints=hints[index] if settings.hints else None,
+        )
+        spent[index] += tried.spent
+        hints[index] = harder(tried.margins, hints[index])
+        scores[index] = torch.where(tried.ok[:, None], tried.scores, scores[index])
+        high[index] = torch.where(tried.ok, size, high[index])
+        low[index] = torch.where(tried.ok, low[index], size)
+        return tried.ok
 
     # More pixels are not always better (they may bring rival evidence): the first size upwards that holds is taken.
     growing = (holds & ~ok).nonzero().flatten()
     while len(growing):
-        size = torch.maximum((low[growing] * STEP_UP).ceil().long(), low[growing] + 1)
+        size = torch.maximum((low[growing] * settings.growth).ceil().long(), low[growing] + 1)
         growing, size = growing[size < h * w], size[size < h * w]
         if len(growing):
             growing = growing[~attempt(growing, size)]
-    for _ in range(BISECTIONS):
+    for _ in range(settings.bisections):
         searched = holds if tighten else holds & ~ok
         index = (searched & (high > low + 1)).nonzero().flatten()
         if len(index):
             middle = (low[index].clamp_min(1).double() * high[index].double()).sqrt().round().long()
             attempt(index, torch.minimum(torch.maximum(middle, low[index] + 1), high[index] - 1))
+    whole = (holds & ~ok & (high == h * w)).nonzero().flatten()
+    if len(whole) and certain:
+        scores[whole] = judge.logits(x[whole])
+        spent[whole] += 1
     masks = torch.where((ok & (high == count))[:, None], first, _level_set(flat, ranked, high))
     level = ranked.gather(1, (high - 1).clamp_min(0)[:, None])[:, 0]
     if at_least is None:
         level = torch.where(ok & (high == count), torch.full_like(level, threshold), level)
-    return Masks(masks.view(p.shape), holds, level, spent)
+    return Masks(masks.view(p.shape), holds, level, spent, scores, torch.zeros_like(spent))
 
 
 def _level_set(flat: Tensor, ranked: Tensor, size: Tensor) -> Tensor:
@@ -100,7 +159,9 @@ def local_order(p: Tensor, threshold: float = 0.5) -> Tensor:
     side = 2 * max(1, min(p.shape[2:]) // 8) + 1
     around = p
     for _ in range(2):
-        around = F.avg_pool2d(around, side, 1, side // 2, count_include_pad=False)
+        for kernel in ((side, 1), (1, side)):  # a square's mean is that of its rows' means
+            padding = (kernel[0] // 2, kernel[1] // 2)
+            around = F.avg_pool2d(around, kernel, 1, padding, count_include_pad=False)
     return torch.where(p > threshold, p, threshold * (p + around) / (1 + threshold))
 
 

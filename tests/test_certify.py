@@ -1,5 +1,6 @@
 """The predicate and the certificate, against plain recomputation one image at a time."""
 
+import itertools
 import json
 from dataclasses import fields
 from typing import Any
@@ -24,10 +25,14 @@ from tiny_models import (
 from torch import Tensor
 
 from minexp.backgrounds import HELD_OUT, OTHER, RANDOM, Backgrounds
-from minexp.certify import Certificate, Judge, Predicate
+from minexp.certify import Certificate
+from minexp.certify import certify as measure
 from minexp.classifier import Classifier
 from minexp.errors import RequestError
 from minexp.intervals import wilson
+from minexp.judge import Judge
+from minexp.predicate import Contrast, Necessary, Predicate, Question
+from minexp.repair import Masks
 
 MEAN = torch.tensor([0.5, 0.4, 0.3])
 ROBUST = Predicate()
@@ -79,7 +84,9 @@ def test_misses_allowed(rho: float, draws: int, misses: int) -> None:
 def test_predicates_in_words() -> None:
     assert str(Predicate("top1")) == "top-1 kept"
     assert str(Predicate("score", tau=0.8)) == "p >= 0.8"
-    assert str(Predicate(rho=0.9, draws=20)) == "top-1 kept and robust >= 0.9 on 20 backgrounds"
+    assert str(Predicate(rho=0.9, early=20)) == "top-1 kept and robust >= 0.9 on 20 backgrounds"
+    text = "top-1 kept and robust >= 0.95 on 20 backgrounds (7 without a miss), 2 times, also dilated"
+    assert str(Predicate(repeats=2, dilated=True)) == text
 
 
 @pytest.mark.parametrize("bad", [{"kind": "best"}, {"rho": 0.0}, {"rho": 1.1}, {"draws": 0}, {"tau": -0.1}])
@@ -107,7 +114,7 @@ def test_a_known_minimal_mask_holds_and_nothing_less(kind: str) -> None:
         (pixel_mask(TARGET, (0, 0)), True),
         (pixel_mask((TARGET[0], TARGET[1] + 1)), False),
     ]:
-        assert bound.holds(x, label, mask)[0].tolist() == [wanted]
+        assert bound.holds(x, label, mask).ok.tolist() == [wanted]
 
 
 def test_score_threshold_is_of_the_explained_class() -> None:
@@ -115,52 +122,153 @@ def test_score_threshold_is_of_the_explained_class() -> None:
     classifier = filters()
     p = classifier.probabilities(torch.where(mask, x, MEAN.view(1, 3, 1, 1))).gather(1, label[:, None])[:, 0]
     tau = float(p.median()) + 1e-4
-    holds, spent = judge(classifier, Predicate("score", tau=tau)).holds(x, label, mask)
-    assert torch.equal(holds, p >= tau) and 0 < holds.sum() < 8
-    assert spent.tolist() == [1] * 8
+    found = judge(classifier, Predicate("score", tau=tau)).holds(x, label, mask)
+    assert torch.equal(found.ok, p >= tau) and 0 < found.ok.sum() < 8
+    assert found.spent.tolist() == [1] * 8
 
 
-def slow_holds(bound: Judge, x: Tensor, label: int, mask: Tensor) -> tuple[bool, int]:
-    """(robust predicate of one image, evaluations) draw by draw; x [1,C,H,W]."""
+def slow_holds(bound: Judge, x: Tensor, label: int, mask: Tensor) -> bool:
+    """The predicate of one image, draw by draw; x [1,C,H,W]."""
     classifier, predicate = bound.classifier, bound.predicate
-    kept = int(classifier.logits(torch.where(mask, x, MEAN.view(1, 3, 1, 1))).argmax()) == label
-    spent, missed = 1, 0
-    for first in range(0, predicate.draws, 4):
-        if not kept or missed > predicate.misses:
-            break
-        for number in range(first, min(first + 4, predicate.draws)):
+    wide = torch.nn.functional.max_pool2d(mask.float(), 3, 1, 1).bool()
+    for shown in [mask, wide] if predicate.dilated else [mask]:
+        if int(classifier.logits(torch.where(shown, x, MEAN.view(1, 3, 1, 1))).argmax()) != label:
+            return False
+    for repeat in range(predicate.repeats):
+        kept = []
+        for number in range(repeat * predicate.draws, (repeat + 1) * predicate.draws):
             family, pick = RANDOM[number % 4], torch.tensor([[number // 4]])
             background = bound.backgrounds.draw(family, x, pick, purpose="predicate")[0]
-            missed += int(classifier.logits(torch.where(mask, x, background)).argmax()) != label
-            spent += 1
-    return kept and missed <= predicate.misses, spent
+            kept.append(int(classifier.logits(torch.where(mask, x, background)).argmax()) == label)
+        if not (all(kept[: predicate.early]) or sum(kept) >= predicate.rho * predicate.draws - 1e-9):
+            return False
+    return True
 
 
-@pytest.mark.parametrize(("rho", "draws"), [(0.95, 10), (0.8, 12), (0.6, 10), (1.0, 3)])
+PREDICATES = [
+    Predicate(rho=0.95, draws=10),
+    Predicate(rho=0.8, draws=12, early=12),
+    Predicate(rho=0.6, draws=10, early=3),
+    Predicate(rho=1.0, draws=3),
+    Predicate(rho=0.7, draws=7, early=5, repeats=3),
+    Predicate(rho=0.8, draws=10, early=4, repeats=2, dilated=True),
+]
+
+
+@pytest.mark.parametrize("predicate", PREDICATES, ids=str)
 @pytest.mark.parametrize("reference", [True, False])
-def test_robust_predicate_against_single_draws(rho: float, draws: int, reference: bool) -> None:
+def test_robust_predicate_against_single_draws(predicate: Predicate, reference: bool) -> None:
     classifier, n = filters(), 24
-    x, mask = noise_images(n), torch.cat([random_masks(n // 2, 0.6), random_masks(n // 2, 0.9)])
+    x, mask = noise_images(n), torch.cat([random_masks(n // 2, 0.6), random_masks(n // 2, 0.95)])
     label = classifier.logits(x).argmax(1)
-    bound = judge(classifier, Predicate(rho=rho, draws=draws), reference=reference, micro_batch=7)
+    bound = judge(classifier, predicate, reference=reference, micro_batch=7)
     with counted(classifier) as count:
-        holds, spent = bound.holds(x, label, mask)
-    assert count.images == int(spent.sum())
+        found = bound.holds(x, label, mask)
+    assert count.images == int(found.spent.sum())
     slow = [slow_holds(bound, x[b : b + 1], int(label[b]), mask[b : b + 1]) for b in range(n)]
-    assert [bool(h) for h in holds] == [h for h, _ in slow]
-    assert spent.tolist() == [s for _, s in slow]
-    assert 0 < holds.sum() < n  # both answers occur
+    assert found.ok.tolist() == slow
+    assert 0 < found.ok.sum() < n  # both answers occur
+    for b in found.ok.nonzero().flatten().tolist():
+        scores = classifier.logits(torch.where(mask[b], x[b], MEAN.view(3, 1, 1))[None])[0]
+        assert torch.allclose(found.scores[b], scores, atol=1e-5)
+
+
+@pytest.mark.parametrize("predicate", PREDICATES, ids=str)
+def test_hints_change_what_is_asked_and_no_verdict(predicate: Predicate) -> None:
+    classifier, n = filters(), 24
+    x, mask = noise_images(n), torch.cat([random_masks(n // 2, 0.6), random_masks(n // 2, 0.95)])
+    label = classifier.logits(x).argmax(1)
+    bound = judge(classifier, predicate)
+    plain = bound.holds(x, label, mask)
+    again = bound.holds(x, label, mask, hints=(plain.margins <= 0).float())
+    assert torch.equal(again.ok, plain.ok)
+    rejected = ~plain.ok
+    assert again.spent[rejected].sum() < plain.spent[rejected].sum()
+    random = torch.rand(plain.margins.shape, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(bound.holds(x, label, mask, hints=random).ok, plain.ok)
+
+
+def test_a_mask_passes_early_or_after_all_draws() -> None:
+    """Draws that fail by number: seven without a miss are enough, one miss of twenty is forgiven, two are not."""
+    bound = judge(red_pixel(), Predicate(), mean=torch.zeros(3))
+    x, label, mask = red_images(5), torch.ones(5, dtype=torch.long), pixel_mask(TARGET).expand(5, -1, -1, -1)
+    misses = [set(), {3}, {3, 9}, {9, 12}, {2, 3}]
+
+    def answer(_x: Tensor, _mask: Tensor, image: Tensor, check: Tensor) -> Tensor:
+        missed = [int(c) - 1 in misses[int(i)] for i, c in zip(image, check, strict=True)]
+        return torch.tensor([[1.0, 0.0] if m else [0.0, 1.0] for m in missed])
+
+    bound._check = answer  # type: ignore[method-assign]
+    found = bound.holds(x, label, mask)
+    assert found.ok.tolist() == [True, True, False, True, False]
+    assert found.spent.tolist() == [8, 21, 13, 8, 5]
+
+
+def test_what_the_stricter_judge_accepts_is_accepted() -> None:
+    classifier, n = filters(), 32
+    x, mask = noise_images(n), random_masks(n, 0.9)
+    label = classifier.logits(x).argmax(1)
+    bound = judge(classifier, Predicate(rho=0.8, draws=10, early=4))
+    loose, strict = bound.holds(x, label, mask).ok, bound.stricter(3).holds(x, label, mask).ok
+    assert (loose | ~strict).all() and loose.sum() > strict.sum() > 0
+
+
+@pytest.mark.parametrize("predicate", PREDICATES[:5], ids=str)
+def test_acceptance_is_the_share_of_draws_that_pass(predicate: Predicate) -> None:
+    """Against the enumeration of every outcome of the draws."""
+    for robust in (0.0, 0.6, 0.9, 1.0):
+        total = 0.0
+        for outcome in itertools.product((0, 1), repeat=predicate.draws):
+            hits = sum(outcome)
+            if all(outcome[: predicate.early]) or hits >= predicate.rho * predicate.draws - 1e-9:
+                total += robust**hits * (1 - robust) ** (predicate.draws - hits)
+        assert predicate.acceptance(robust) == pytest.approx(total**predicate.repeats)
+
+
+@pytest.mark.parametrize("question", [Necessary(), Contrast(2)])
+def test_other_questions_are_asked_of_every_background(question: Question) -> None:
+    classifier, n = filters(), 32
+    x, mask = noise_images(n), random_masks(n, 0.5)
+    label = classifier.logits(x).argmax(1)
+    backgrounds = Backgrounds(MEAN, noise_images(6, seed=9), seed=2)
+    found = Judge(classifier, Predicate(rho=1.0, draws=4), backgrounds, question=question).holds(
+        x, label, mask
+    )
+    for b in range(n):
+        one, y, shown = x[b : b + 1], int(label[b]), mask[b]
+        draws = [MEAN.view(1, 3, 1, 1).expand_as(one)]
+        draws += [
+            backgrounds.draw(family, one, torch.tensor([[0]]), purpose="predicate")[0] for family in RANDOM
+        ]
+        answers = []
+        for background in draws:
+            kept = (
+                torch.where(shown, background, one)
+                if isinstance(question, Necessary)
+                else torch.where(shown, one, background)
+            )
+            scores = classifier.logits(kept)[0]
+            answers.append(
+                int(scores.argmax()) != y if isinstance(question, Necessary) else scores[y] > scores[2]
+            )
+        assert bool(found.ok[b]) == all(answers)
+    assert 0 < found.ok.sum() < n
 
 
 def certify(bound: Judge, x: Tensor, mask: Tensor) -> list[Certificate]:
     n = len(x)
-    return bound.certify(
+    return measure(
+        bound,
         x,
         bound.logits(x),
-        mask,
-        holds=torch.arange(n) % 2 == 0,
-        threshold=torch.linspace(0.1, 0.9, n),
-        evaluations=torch.arange(n),
+        Masks(
+            mask,
+            holds=torch.arange(n) % 2 == 0,
+            threshold=torch.linspace(0.1, 0.9, n),
+            evaluations=torch.arange(n),
+            scores=bound.logits(torch.where(mask, x, bound.backgrounds.default(x))),
+            minimal_at=4 * (torch.arange(n) % 3),
+        ),
     )
 
 
@@ -220,9 +328,9 @@ def slow_certificate(bound: Judge, x: Tensor, mask: Tensor, b: int, n: int) -> d
         "robust_other": hits[OTHER] / 5 if OTHER in hits else None,
         "robust_other_n": 5 if OTHER in hits else 0,
         "dilation_kept": int(scores(wide, default).argmax()) == y,
-        "minimal_at": None,
+        "minimal_at": 4 * (b % 3) or None,
         "predicate": str(bound.predicate),
-        "evaluations": b + 4 + 5 * len(families),
+        "evaluations": b + 3 + 5 * len(families),
         "families": {"mean": float(int(masked.argmax()) == y)}
         | {family: hits[family] / 5 for family in families},
     }
@@ -261,14 +369,19 @@ def test_a_certificate_counts_its_own_evaluations() -> None:
     bound = judge(classifier, micro_batch=3)
     logits = bound.logits(x)
     with counted(classifier) as count:
-        certificates = bound.certify(
-            x, logits, mask, holds=torch.ones(5).bool(), threshold=torch.zeros(5), evaluations=torch.zeros(5)
+        certificates = measure(
+            bound,
+            x,
+            logits,
+            Masks(mask, torch.ones(5).bool(), torch.zeros(5), torch.zeros(5), logits, torch.zeros(5)),
         )
     # f(x) was given, the empty image belongs to the job and not to an image
     assert sum(c.evaluations for c in certificates) == count.images + 5 - 1
     with counted(classifier) as count:
         certify(bound, x, mask)
-    assert count.images + 0 == sum(c.evaluations for c in certificates)  # now the empty image is known
+    assert (
+        count.images == sum(c.evaluations for c in certificates) + 5
+    )  # e, too; the empty image is known now
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3, 7, 1000])
@@ -279,7 +392,7 @@ def test_a_certificate_does_not_depend_on_the_batch(micro_batch: int) -> None:
     bound = judge(filters(), micro_batch=micro_batch)
     one = certify(bound, x[4:5], mask[4:5])[0]
     for field in fields(Certificate):
-        if field.name not in ("certified", "threshold", "evaluations"):
+        if field.name not in ("certified", "threshold", "evaluations", "minimal_at"):
             value = getattr(one, field.name)
             assert value == pytest.approx(getattr(whole[4], field.name), abs=1e-6), field.name
 
@@ -303,7 +416,7 @@ def test_certificate_draws_are_not_the_predicates() -> None:
     """A mask repaired until the predicate's own draws pass must be judged on others."""
     asked: dict[str, list[Tensor]] = {}
     classifier = filters()
-    bound = judge(classifier, Predicate(rho=0.05, draws=40))  # never stops early
+    bound = judge(classifier, Predicate(rho=1.0, draws=40, early=40))  # never stops early
     real = bound.backgrounds.draw
 
     def spy(family: str, x: Tensor, picks: Tensor, *, purpose: str, pool: int = 16) -> Tensor:
@@ -323,7 +436,7 @@ def test_certificate_draws_are_not_the_predicates() -> None:
 
 def test_no_draw_of_a_predicate_counts_twice() -> None:
     classifier = filters()
-    bound = judge(classifier, Predicate(rho=0.01, draws=100))
+    bound = judge(classifier, Predicate(rho=1.0, draws=100, early=100))
     real, asked = bound.backgrounds.draw, []
 
     def spy(family: str, *arguments: Any, **options: Any) -> Tensor:
@@ -334,7 +447,7 @@ def test_no_draw_of_a_predicate_counts_twice() -> None:
 
     bound.backgrounds.draw = spy  # type: ignore[method-assign]
     x, mask = noise_images(1), torch.ones(1, 1, SIDE, SIDE, dtype=torch.bool)
-    assert bound.holds(x, classifier.logits(x).argmax(1), mask)[1].tolist() == [101]
+    assert bound.holds(x, classifier.logits(x).argmax(1), mask).spent.tolist() == [101]
     assert len(asked) == len(set(asked)) == 25
 
 

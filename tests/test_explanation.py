@@ -27,7 +27,7 @@ from minexp import explanation
 from minexp.certify import Certificate, Predicate
 from minexp.data.store import SCHEMA, unpack_mask
 from minexp.errors import MinexpError, RequestError
-from minexp.explanation import Effort, Explanation, explain, make_backgrounds
+from minexp.explanation import Effort, Explanation, explain, make_backgrounds, side_by_side
 from minexp.masker import Masker
 from minexp.objective import Objective
 from minexp.refine import Refinement
@@ -58,7 +58,8 @@ def differences(left: list[Certificate], right: list[Certificate]) -> list[tuple
         (b, field.name)
         for b, (one, other) in enumerate(zip(left, right, strict=True))
         for field in fields(Certificate)
-        if getattr(one, field.name) != pytest.approx(getattr(other, field.name), abs=1e-5)
+        if getattr(one, field.name)
+        != pytest.approx(getattr(other, field.name), abs=1e-3 if field.name == "threshold" else 1e-5)
     ]
 
 
@@ -99,7 +100,7 @@ def test_certified_means_that_the_predicate_holds() -> None:
             assert certificate.kept and certificate.robust_train_high >= STRICT.rho and not certificate.reason
         else:
             assert certificate.reason
-    assert all(c.predicate == str(STRICT) for c in answer.certificates)
+    assert all(c.predicate.startswith(str(STRICT)) for c in answer.certificates)  # more draws where enlarged
 
 
 def test_the_known_pixel_is_explained() -> None:
@@ -180,6 +181,17 @@ def test_an_explanation_is_a_sequence() -> None:
     assert torch.equal(kept[inside], answer.x[inside])
     outside = kept.movedim(1, -1)[~answer.masks]
     torch.testing.assert_close(outside, masker().mean.expand_as(outside))
+
+
+def test_an_explanation_shows_itself() -> None:
+    answer = explained(slice(3), effort="fast")
+    picture = answer.plot(limit=2)
+    assert picture.mode == "RGB" and picture.width > picture.height  # two panels beside each other
+    page = answer._repr_html_()
+    assert page.count("<figure") == 3 and page.count("data:image") == 6
+    assert answer.certificates[0].predicate.replace(">", "&gt;") in page
+    both = side_by_side({"one": answer, "two": answer})
+    assert both.height > 3 * 256 > both.width - 3 * 30 > 2 * 256
 
 
 @pytest.mark.parametrize("effort", ["fast", "refined"])

@@ -9,8 +9,9 @@ from tiny_models import one_thread as one_thread
 from trained_tiles import masker, share_inside, tiles
 
 from minexp.backgrounds import Backgrounds
-from minexp.certify import Judge, Predicate
+from minexp.judge import Judge
 from minexp.objective import Objective
+from minexp.predicate import Predicate
 from minexp.refine import Refinement, refine
 
 
@@ -29,12 +30,21 @@ def test_a_fitted_masker_finds_the_deciding_tile() -> None:
     assert masks[~subject.decided].mean() < masks[subject.decided].mean()  # "none" has no tile to show
 
 
-def most_inside(soft: float) -> float:
-    """Share of per-image masks that lie mostly in the deciding tile, with a strong, fixed area weight."""
+def most_inside(soft: float, *, dual: bool = False) -> float:
+    """Share of per-image masks that lie mostly in the deciding tile: fixed area weight, as published, or dual."""
     subject = tiles()
     chosen = np.nonzero(subject.decided)[0][:32]
     objective = Objective(
-        act=0, ce=1.0, kl=0, area=50.0, crisp=0.2, tv=0.1, rob=2.0, match="off", dual=False, soft=soft
+        act=0,
+        ce=1.0,
+        kl=0,
+        area=1.0 if dual else 50.0,
+        crisp=0.2,
+        tv=0.1,
+        rob=2.0,
+        match="off",
+        dual=dual,
+        soft=soft,
     )
     reference = torch.from_numpy(subject.images[:32]).permute(0, 3, 1, 2).float() / 255
     judge = Judge(subject.classifier, Predicate("top1"), Backgrounds(torch.full((3,), 0.5), reference))
@@ -52,6 +62,11 @@ def test_soft_first_finds_the_tile_where_hard_from_the_start_does_not() -> None:
     assert soft_first >= 0.75
     assert hard <= 0.55  # masks vanish at once, no gradient brings them back, and repair knows no place
     assert soft_first - hard >= 0.3
+
+
+def test_a_dual_area_weight_is_what_saves_thresholding_from_the_start() -> None:
+    """The control's other half: it is the fixed weight that lets masks vanish, not the threshold alone."""
+    assert most_inside(0.0, dual=True) >= 0.9
 
 
 @pytest.mark.parametrize("kind", ["top1", "robust"])

@@ -20,9 +20,10 @@ from tiny_models import (
 from torch import Tensor
 
 from minexp.backgrounds import Backgrounds
-from minexp.certify import Judge, Predicate
 from minexp.classifier import Classifier
+from minexp.judge import Judge
 from minexp.objective import Objective
+from minexp.predicate import Predicate
 from minexp.refine import Refinement, _adam, _keep_smaller, refine
 from minexp.repair import Masks
 
@@ -77,7 +78,7 @@ def test_whatever_is_found_holds() -> None:
     label = classifier.logits(x).argmax(1)
     bound = judge(classifier)
     found = refine(bound, x, SHORT)
-    assert found.holds.all() and bound.holds(x, label, found.masks)[0].all()
+    assert found.holds.all() and bound.holds(x, label, found.masks).ok.all()
     assert (found.masks.flatten(1).sum(1) < SIDE * SIDE).any()
 
 
@@ -95,7 +96,8 @@ def masks_of(sizes: list[int], holds: list[bool]) -> Masks:
     for mask, size in zip(masks, sizes, strict=True):
         mask.view(-1)[:size] = True
     n = torch.ones(len(sizes), dtype=torch.long)
-    return Masks(masks, torch.tensor(holds), torch.tensor([float(s) for s in sizes]), n)
+    levels = torch.tensor([float(s) for s in sizes])
+    return Masks(masks, torch.tensor(holds), levels, n, levels[:, None], n)
 
 
 def test_the_smaller_mask_that_holds_is_kept() -> None:

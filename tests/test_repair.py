@@ -17,8 +17,9 @@ from tiny_models import (
 from torch import Tensor
 
 from minexp.backgrounds import Backgrounds
-from minexp.certify import Judge, Predicate
 from minexp.classifier import Classifier
+from minexp.judge import Judge
+from minexp.predicate import Predicate
 from minexp.repair import local_order, threshold_masks
 
 PIXELS = SIDE * SIDE
@@ -91,7 +92,7 @@ def test_keep_all_always_keeps_the_top_class(predicate: Predicate) -> None:
     random = torch.rand(16, 1, SIDE, SIDE, generator=torch.Generator().manual_seed(0)) * 0.5
     again = threshold_masks(judge(classifier, predicate, 0.5), x, label, random)
     assert again.holds.all()
-    assert judge(classifier, predicate, 0.5).holds(x, label, again.masks)[0].all()
+    assert judge(classifier, predicate, 0.5).holds(x, label, again.masks).ok.all()
 
 
 def test_a_score_that_even_the_whole_image_misses_is_reported() -> None:
@@ -102,7 +103,7 @@ def test_a_score_that_even_the_whole_image_misses_is_reported() -> None:
     bound = judge(classifier, Predicate("score", tau=tau), 0.5)
     p = torch.rand(12, 1, SIDE, SIDE, generator=torch.Generator().manual_seed(0)) * 0.4
     found = threshold_masks(bound, x, logits.argmax(1), p)
-    again = bound.holds(x, logits.argmax(1), found.masks)[0]
+    again = bound.holds(x, logits.argmax(1), found.masks).ok
     assert torch.equal(found.holds, again)
     assert found.holds[best >= tau].all() and not found.holds.all()
     failed = ~found.holds
@@ -133,7 +134,7 @@ def test_tightening_never_gives_up_what_holds() -> None:
     tight = threshold_masks(bound, x, label, p, tighten=True)
     areas, tighter = (m.masks.flatten(1).sum(1) for m in (loose, tight))
     assert (tighter <= areas).all() and (tighter < areas).any()
-    assert tight.holds.all() and bound.holds(x, label, tight.masks)[0].all()
+    assert tight.holds.all() and bound.holds(x, label, tight.masks).ok.all()
     for values, mask, threshold in zip(p, tight.masks, tight.threshold, strict=True):
         assert torch.equal(mask, values >= threshold) or threshold == 0.5
 

@@ -1,5 +1,7 @@
 """Scenes: the same by seed, the truth where it is said to be, training and test digits apart."""
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 import torch
@@ -26,24 +28,25 @@ def test_a_seed_is_a_data_set(variant: Variant) -> None:
     assert len({image.tobytes() for image in first.images}) == 20
 
 
-def test_test_digits_are_never_trained_on() -> None:
-    train, test = scenes._digits("train"), scenes._digits("test")
-    assert len(train[0]) + len(test[0]) == 1797
-    assert 0.2 < len(test[0]) / 1797 < 0.3
+def test_no_split_shows_the_digits_of_another() -> None:
+    train, validation, test = (scenes._digits(split) for split in scenes.SPLITS)
+    assert len(train[0]) + len(validation[0]) + len(test[0]) == 1797
+    assert 0.2 < len(test[0]) / 1797 < 0.3 and 0.1 < len(validation[0]) / 1797 < 0.15
     # a few of the scans are alike to the pixel in the data set itself; the split must not put one scan on both sides
     from sklearn.datasets import load_digits
 
     counts: dict[bytes, int] = {}
     for image in load_digits().images.astype(np.float32):
         counts[image.tobytes()] = counts.get(image.tobytes(), 0) + 1
-    known = [{(16 * s).numpy().tobytes() for s in split[0]} for split in (train, test)]
-    assert all(counts[key] > 1 for key in known[0] & known[1])
-    for split in (train, test):
+    known = [{(16 * s).numpy().tobytes() for s in split[0]} for split in (train, validation, test)]
+    for one, other in combinations(known, 2):
+        assert all(counts[key] > 1 for key in one & other)
+    for split in (train, validation, test):
         assert split[1].unique().tolist() == list(range(10))
-        assert split[1].bincount().min() > 30
+        assert split[1].bincount().min() > 15
 
 
-@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("split", scenes.SPLITS)
 def test_scans_come_from_their_split(split: scenes.Split) -> None:
     wanted = torch.arange(10).repeat(8)
     picked = scenes._pick(torch.Generator().manual_seed(0), split, wanted)

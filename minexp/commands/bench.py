@@ -14,12 +14,21 @@ from .base import DONE, Command
 
 @dataclass(frozen=True, kw_only=True)
 class Bench(Command):
-    """Time the operators, the whole explanation, or the reading of images (in a source checkout)."""
+    """Measure the operators, the whole explanation, its quality, and the reading of images (in a source checkout)."""
 
     example = "minexp bench explain"
 
-    suite: Positional[Literal["kernels", "explain", "data"]]
-    """What to time."""
+    suite: Positional[Literal["kernels", "explain", "data", "mosaic", "peers", "ablation"]]
+    """kernels, explain, data: times; mosaic: whether the tile that decides is named; peers: against other explainers;
+    ablation: what each term of the objective is worth."""
+    images: int | None = None
+    """Images to explain (mosaic, peers, ablation)."""
+    out: Path | None = None
+    """Folder for tables and plots; a demo in its subfolder VARIANT lends classifier and masker (peers, ablation)."""
+    variant: Literal["plain", "shortcut", "mosaic", "segments"] | None = None
+    """Scenes to compare explainers on (peers)."""
+    peers: str | None = None
+    """Explainers to compare with, separated by commas, or none (peers)."""
 
     def run(self) -> int:
         import runpy
@@ -30,4 +39,6 @@ class Bench(Command):
                 "the benchmarks are not installed with the package; run this in a source checkout"
             )
         options = [f"--{name}" for name in ("json", "quiet") if getattr(self, name)]
+        names = ("images", "out", "variant", "peers")
+        options += [f"--{name}={value}" for name in names if (value := getattr(self, name)) is not None]
         return int(runpy.run_path(str(script))["main"]([self.suite, *options]) or DONE)

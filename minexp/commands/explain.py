@@ -26,14 +26,25 @@ class Explain(WithModel):
     """Directory of the Parquet store."""
     masker: Path | None = None
     """Masker made by `minexp fit` for this classifier; without it each image is optimised on its own."""
-    effort: Literal["fast", "refined"] | None = None
-    """fast: the masker and a threshold search; refined: optimise each mask further (the default without a masker)."""
+    effort: Literal["fast", "refined", "minimal"] | None = None
+    """fast: the masker's mask, repaired; refined: optimised image by image (the default without a masker);
+    minimal: reduced until no single cell can go."""
+    preset: Literal["default", "kl", "paper"] = "default"
+    """Objective where masks are optimised image by image; paper: the published recipe, a network for every image."""
+    match: Literal["kl", "mse", "cosine", "off"] | None = None
+    """How that objective compares activations, in place of the preset's way."""
+    cell: int | None = None
+    """With minimal: side of a cell in pixels, an 8th of the image by default."""
+    max_evals: int | None = None
+    """With minimal: classifier evaluations an image may take to be reduced; what is left then is not called minimal."""
     predicate: Literal["robust", "top1", "score"] = "robust"
     """What a mask has to do: keep the class on random backgrounds, on the plain background, or keep its probability."""
     rho: float = 0.95
     """With robust: share of the random backgrounds on which the class has to stay."""
     draws: int = 20
     """With robust: number of random backgrounds."""
+    dilated: bool = False
+    """Keep the class also when the mask grows by a pixel on all sides."""
     tau: float = 0.5
     """With score: the probability to reach."""
     background: Literal["mean", "black", "white"] = "mean"
@@ -83,11 +94,21 @@ class Explain(WithModel):
             raise RequestError(
                 "no classifier: give --model SPEC, or --onnx explainer.onnx; see minexp explain --help"
             )
-        from ..certify import Predicate
         from ..data.sources import open_source
         from ..jobs.local import explain_dataset
         from ..masker import load_masker
+        from ..minimise import Minimisation
+        from ..predicate import Predicate
 
+        if self.cell is not None:
+            at_least_one("--cell", self.cell)
+        if self.max_evals is not None:
+            at_least_one("--max-evals", self.max_evals)
+        minimisation = None
+        if self.effort == "minimal":
+            minimisation = Minimisation(cell=self.cell, max_evals=self.max_evals)
+        elif self.cell is not None or self.max_evals is not None:
+            raise RequestError("--cell and --max-evals belong to --effort minimal; add it, or leave them out")
         source = open_source(self.data, limit=self.limit)
         classifier = self.classifier()
         masker = None if self.masker is None else load_masker(self.masker, classifier)
@@ -96,7 +117,12 @@ class Explain(WithModel):
             source,
             masker,
             self.out,
-            predicate=Predicate(self.predicate, rho=self.rho, draws=self.draws, tau=self.tau),
+            predicate=Predicate(
+                self.predicate, rho=self.rho, draws=self.draws, tau=self.tau, dilated=self.dilated
+            ),
+            minimisation=minimisation,
+            preset=self.preset,
+            match=self.match,
             effort=self.effort or ("refined" if masker is None else "fast"),
             background=self.background,
             seed=self.seed,
@@ -120,5 +146,6 @@ _EXPORTED = (
         "device",
         "trust_model",
     ),
-    *("masker", "effort", "predicate", "rho", "draws", "tau", "background", "seed"),
+    *("masker", "effort", "predicate", "rho", "draws", "tau", "dilated", "background", "seed"),
+    *("preset", "match", "cell", "max_evals"),
 )

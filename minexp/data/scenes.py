@@ -1,7 +1,8 @@
 """Built-in images whose deciding pixels are known: handwritten digits in cluttered colour scenes.
 
 The digits are the 1,797 scans of 8×8 pixels that scikit-learn ships (UCI Optical Recognition of
-Handwritten Digits); a quarter of them is held out, and only the ``test`` split shows those.
+Handwritten Digits). A quarter of them is held out for the ``test`` split, on whose scenes figures are reported, and
+an eighth for ``validation``, on whose scenes settings are chosen; each split shows only its own scans.
 Everything is a deterministic function of (variant, n, seed, split).
 """
 
@@ -20,8 +21,9 @@ from torch import Tensor
 from ..errors import RequestError
 
 Variant = Literal["plain", "shortcut", "mosaic", "segments"]
-Split = Literal["train", "test"]
+Split = Literal["train", "validation", "test"]
 VARIANTS: tuple[Variant, ...] = ("plain", "shortcut", "mosaic", "segments")
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 SIZE = 64  # plain, shortcut
 TILE = 24  # mosaic: 3 × 3 tiles of 24 pixels
@@ -58,7 +60,7 @@ def make(variant: Variant, n: int, *, seed: int = 0, split: Split = "train", dec
         raise RequestError(f"scenes: unknown variant {variant!r}; choose one of {', '.join(VARIANTS)}")
     if n < 1:
         raise RequestError(f"scenes: {n} images; make at least 1")
-    stream = 7919 * (2 * VARIANTS.index(variant) + (split == "test")) + 1_000_003 * seed
+    stream = 7919 * (len(SPLITS) * VARIANTS.index(variant) + SPLITS.index(split)) + 1_000_003 * seed
     rng = torch.Generator().manual_seed(stream)
     parts = []
     for start in range(0, n, _CHUNK):
@@ -85,7 +87,7 @@ _Part = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 @cache
 def _digits(split: Split) -> tuple[Tensor, Tensor]:
-    """Scans [N,1,8,8] in [0,1] and their labels; every fourth scan of each class is held out."""
+    """Scans [N,1,8,8] in [0,1] and their labels: of every eight of a class, two for test and one for validation."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -99,7 +101,9 @@ def _digits(split: Split) -> tuple[Tensor, Tensor]:
     for digit in range(10):
         members = (labels == digit).nonzero().flatten()
         order_in_class[members] = torch.arange(len(members))
-    chosen = (order_in_class % 4 == 3) if split == "test" else (order_in_class % 4 != 3)
+    place = order_in_class % 8
+    places = {"train": (0, 1, 2, 4, 5), "validation": (6,), "test": (3, 7)}[split]
+    chosen = torch.isin(place, torch.tensor(places))
     return images[chosen], labels[chosen]
 
 

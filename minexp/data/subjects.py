@@ -183,8 +183,16 @@ def train_subject(
     train(
         model, crops(scenes, 32, seed), scenes.labels, epochs=2, augmented=False, seed=seed, progress=progress
     )
+    # nine digits to read in a mosaic, one of which decides: it takes longer to learn
+    epochs = 5 if variant == "mosaic" else 3
     train(
-        model, scenes.images, scenes.labels, epochs=3, augmented=augmented, seed=seed + 1, progress=progress
+        model,
+        scenes.images,
+        scenes.labels,
+        epochs=epochs,
+        augmented=augmented,
+        seed=seed + 1,
+        progress=progress,
     )
     return model
 

@@ -7,11 +7,11 @@ import numpy.typing as npt
 import torch
 
 from ..backgrounds import Backgrounds
-from ..certify import Predicate
 from ..errors import RequestError
-from ..explanation import GROW, RETRIES
+from ..explanation import RETRIES
 from ..families import FROM_IMAGE, HELD_OUT, OTHER, POOL, RANDOM
-from ..repair import BISECTIONS, STEP_UP
+from ..predicate import Predicate
+from ..repair import THOROUGH
 from .graph import Pictures
 from .plan import Plan
 
@@ -20,7 +20,7 @@ THRESHOLD = 0.5
 
 def make_plan(predicate: Predicate, *, fresh: int) -> Plan:
     """The stages of a fast explanation; fresh: certificate draws a family."""
-    attempts = range(RETRIES + 1)
+    attempts, predicate = range(RETRIES + 1), predicate.thorough()
     robust = predicate.kind == "robust"
     stricter = [predicate.stricter(2**attempt) for attempt in attempts]
     return Plan(
@@ -33,9 +33,9 @@ def make_plan(predicate: Predicate, *, fresh: int) -> Plan:
         fresh=fresh,
         wave=len(RANDOM),
         threshold=THRESHOLD,
-        growth=STEP_UP,
-        bisections=BISECTIONS,
-        enlarge=GROW,
+        growth=THOROUGH.growth,
+        bisections=THOROUGH.bisections,
+        enlarge=THOROUGH.enlarge,
         texts=tuple(map(str, stricter)),
     )
 

@@ -19,13 +19,15 @@ from torch import Tensor
 
 from .. import __version__
 from ..backgrounds import Backgrounds
-from ..certify import PER_FAMILY, Predicate
+from ..certify import PER_FAMILY
 from ..classifier import Classifier
 from ..data.files import replacing
 from ..data.store import unpack_mask
 from ..errors import RequestError
 from ..explanation import Explanation, explain, make_backgrounds
 from ..masker import Masker
+from ..predicate import Predicate
+from ..repair import THOROUGH
 from ..targets import Target
 from ..weights import state_digest
 from .bake import make_pictures, make_plan
@@ -178,9 +180,11 @@ class Draft:
             self.classifier,
             x,
             self.masker,
-            predicate=self.predicate,
+            predicate=self.predicate.thorough(),
             effort="fast",
             backgrounds=self.backgrounds,
+            fresh=PER_FAMILY,
+            repair=THOROUGH,
         )
 
     def quantised(

@@ -7,18 +7,21 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .. import __version__
-from ..certify import Predicate
 from ..classifier import Classifier
 from ..data.sources import ImageSource
 from ..explanation import explain, make_backgrounds
 from ..masker import Masker
+from ..minimise import Minimisation
+from ..objective import Match
+from ..predicate import Predicate
+from ..search import Effort
 from ..weights import state_digest
 from .engine import Pixels, Row, run_job
 
@@ -32,7 +35,10 @@ def explain_dataset(
     out: str | Path,
     *,
     predicate: Predicate | None = None,
-    effort: Literal["fast", "refined"] = "fast",
+    effort: Effort = "fast",
+    minimisation: Minimisation | None = None,
+    preset: str = "default",
+    match: Match | None = None,
     background: str = "mean",
     seed: int = 0,
     batch: int = 32,
@@ -50,7 +56,8 @@ def explain_dataset(
     `out` holds another job.
     """
     predicate = Predicate() if predicate is None else predicate
-    run = _describe(classifier, source, masker, predicate, effort, background, seed)
+    search = {"minimisation": minimisation, "preset": preset, "match": match}
+    run = _describe(classifier, source, masker, predicate, effort, search, background, seed)
     # Made once: every image of the job, and of the job resumed, meets the same draws.
     backgrounds = make_backgrounds(
         classifier,
@@ -63,7 +70,9 @@ def explain_dataset(
     def call(images: Pixels) -> list[Row]:
         x = torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(255).to(classifier.device)
         return list(
-            explain(classifier, x, masker, predicate=predicate, effort=effort, backgrounds=backgrounds).rows()
+            explain(
+                classifier, x, masker, predicate=predicate, effort=effort, backgrounds=backgrounds, **search
+            ).rows()
         )
 
     return run_job(
@@ -85,6 +94,7 @@ def _describe(
     masker: Masker | None,
     predicate: Predicate,
     effort: str,
+    search: dict[str, Any],
     background: str,
     seed: int,
 ) -> dict[str, Any]:
@@ -95,6 +105,7 @@ def _describe(
         "source": source.fingerprint(),
         "predicate": repr(predicate),
         "effort": effort,
+        **{k: v if isinstance(v, str) else repr(v) for k, v in search.items() if v not in (None, "default")},
         "background": background,
         "seed": seed,
     }

@@ -74,9 +74,16 @@ def write_panel(image: Pixels, mask: Mask, kept: Pixels, line: str, path: str | 
 
 def write_montage(rows: Sequence[Panel], path: str | Path, *, columns: int = 2) -> Path:
     """Write several explained images as one PNG, in ``columns`` columns."""
+    path = Path(path)
+    with replacing(path) as temporary:
+        montage(rows, columns=columns).save(temporary, "PNG", optimize=True)
+    return path
+
+
+def montage(rows: Sequence[Panel], *, columns: int = 2) -> Image.Image:
+    """Several explained images as one picture, in ``columns`` columns."""
     if not rows:
         raise ValueError("a montage needs at least one panel")
-    path = Path(path)
     columns = min(columns, len(rows))
     width, height = 3 * _CELL + 2 * _GAP, _CELL + 46
     lines = -(-len(rows) // columns)
@@ -99,9 +106,27 @@ def write_montage(rows: Sequence[Panel], path: str | Path, *, columns: int = 2) 
             sheet.paste(picture, (x + (_CELL - picture.width) // 2, top + (_CELL - picture.height) // 2))
             draw.rectangle((x, top, x + _CELL - 1, top + _CELL - 1), outline=_LINE)
         draw.text((left, top + _CELL + 10), _fit(row.line, width), _INK, _font(17))
-    with replacing(path) as temporary:
-        sheet.save(temporary, "PNG", optimize=True)
-    return path
+    return sheet
+
+
+def table_of_pictures(
+    heads: Sequence[str], rows: Sequence[Sequence[Pixels]], notes: Sequence[Sequence[str]]
+) -> Image.Image:
+    """Pictures in rows under named columns, each with a note below; pictures uint8 [H, W, 1 or 3]."""
+    width, height = _CELL + _GAP, _CELL + 34
+    size = (2 * _EDGE + len(heads) * width - _GAP, 34 + _EDGE + len(rows) * height)
+    sheet = Image.new("RGB", size, _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for place, head in enumerate(heads):
+        draw.text((_EDGE + place * width, 20), head, _MUTED, _font(17))
+    for line, (pictures, texts) in enumerate(zip(rows, notes, strict=True)):
+        top = 54 + line * height
+        for place, (picture, text) in enumerate(zip(pictures, texts, strict=True)):
+            x, cell = _EDGE + place * width, _cell(picture)
+            sheet.paste(cell, (x + (_CELL - cell.width) // 2, top + (_CELL - cell.height) // 2))
+            draw.rectangle((x, top, x + _CELL - 1, top + _CELL - 1), outline=_LINE)
+            draw.text((x, top + _CELL + 5), _fit(text, _CELL), _INK, _font(15))
+    return sheet
 
 
 def _cell(image: Pixels) -> Image.Image:

@@ -1,0 +1,312 @@
+"""minexp beside the explainers people use: same classifier, images, fill and predicate.
+
+A peer's map is binarised by adding pixels in rank order, growing and then bisecting, until the predicate holds; what
+that takes is charged to it, as the repair of a mask is to minexp. Every mask is then audited on draws that nobody has
+seen, at nobody's cost. Means have bootstrap 95 % intervals; `paired` is the area less that of minexp's `minimal` on the
+same images, with its interval.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from attributions import PEERS, Peer, Subject, counting, missing
+from torch import Tensor
+
+from minexp.backgrounds import HELD_OUT, RANDOM, Backgrounds
+from minexp.classifier import Classifier
+from minexp.controls import wrong_class
+from minexp.data import scenes, subjects
+from minexp.explanation import explain, make_backgrounds
+from minexp.judge import Judge, dilate
+from minexp.masker import Masker, load_masker
+from minexp.predicate import Predicate
+from minexp.refine import Refinement
+from minexp.regions import components
+from minexp.repair import threshold_masks
+from minexp.search import EFFORTS, Effort
+from minexp.training import fit
+
+COLUMNS = (
+    *("explainer", "budget", "images", "area", "area_ci", "paired", "paired_ci", "held", "held_ci", "train"),
+    *("kept", "dilated", "inside", "pointing", "complement", "components", "insertion", "deletion"),
+    *("evaluations", "seconds", "memory_mb", "failed"),
+)
+FIGURES = ("area", "held", "train", "kept", "dilated", "inside", "pointing", "complement", "components")
+CURVES = ("insertion", "deletion")
+SMALLEST = 0.01  # share of pixels that a peer's binarisation begins with
+AUDIT = 4  # draws a family
+LEVELS = 8  # points of the insertion and deletion curves
+
+
+@dataclass
+class Found:
+    """What one explainer found: masks bool [N,1,H,W], maps [N,H,W], evaluations and CPU seconds an image."""
+
+    name: str
+    budget: str
+    masks: Tensor
+    maps: Tensor
+    holds: Tensor
+    evaluations: Tensor
+    seconds: float
+    figures: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+def of_peer(peer: Peer, judge: Judge, x: Tensor, label: Tensor, budget: int | None) -> Found:
+    """The peer's maps, and the level sets of them that satisfy the predicate."""
+    subject = Subject(judge.classifier, judge.backgrounds.default(x), budget)
+    started = time.process_time()
+    with judge.classifier.frozen(), counting(judge.classifier) as count:
+        maps = torch.cat(
+            [peer.attribute(subject, a, b) for a, b in zip(x.split(32), label.split(32), strict=True)]
+        )
+    spent = count[0] / len(x)
+    # a rank of its own for every pixel: ties would join the mask at once
+    rank = maps.flatten(1).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    order = (1 - rank / rank.shape[1]).view_as(maps)[:, None].float()
+    least = torch.full((len(x),), max(1, round(SMALLEST * rank.shape[1])))
+    found = threshold_masks(judge, x, label, order, at_least=least)
+    seconds = (time.process_time() - started) / len(x)
+    shown = "default" if budget is None else str(budget)
+    return Found(peer.name, shown, found.masks, maps, found.holds, found.evaluations + spent, seconds)
+
+
+def of_minexp(
+    effort: Effort, judge: Judge, x: Tensor, masker: Masker | None, backgrounds: Backgrounds
+) -> Found:
+    """minexp's masks; the evaluations are all of them, the certificate's included."""
+    started = time.process_time()
+    parts = [
+        explain(
+            judge.classifier,
+            part,
+            masker,
+            predicate=judge.predicate,
+            effort=effort,
+            backgrounds=backgrounds,
+        )
+        for part in x.split(64)
+    ]
+    seconds = (time.process_time() - started) / len(x)
+    certificates = [c for part in parts for c in part.certificates]
+    masks = torch.cat([part.masks for part in parts])[:, None]
+    maps = (
+        masks[:, 0].float()
+        if masker is None
+        else torch.cat([masker.probabilities(p)[:, 0] for p in x.split(64)])
+    )
+    return Found(
+        f"minexp {effort}",
+        "default",
+        masks,
+        torch.where(masks[:, 0], 1 + maps, maps),
+        torch.tensor([c.certified for c in certificates]),
+        torch.tensor([float(c.evaluations) for c in certificates]),
+        seconds,
+    )
+
+
+def audit(found: Found, judge: Judge, x: Tensor, label: Tensor, truth: Tensor) -> None:
+    """Fill in the figures of an explainer's masks, one value an image."""
+    masks, default = found.masks, judge.backgrounds.default(x)
+    for name, families in (("train", RANDOM), ("held", HELD_OUT)):
+        draws = [(family, 1000 + number) for family in families for number in range(AUDIT)]
+        found.figures[name] = judge.kept_on(x, label, masks, draws, "audit", 4096).float().mean(1).numpy()
+    shown = {"kept": masks, "dilated": dilate(masks)}
+    for name, mask in shown.items():
+        kept = judge.logits(torch.where(mask, x, default)).argmax(1) == label
+        found.figures[name] = kept.float().numpy()
+    rest = judge.logits(torch.where(masks, default, x)).softmax(1)
+    found.figures["complement"] = rest.gather(1, label[:, None])[:, 0].numpy()
+    area = masks.flatten(1).float()
+    found.figures["area"] = area.mean(1).numpy()
+    found.figures["components"] = np.array([components(m[0].numpy()) for m in masks], float)
+    decided = truth.flatten(1).any(1)
+    inside = (masks[:, 0] & truth).flatten(1).sum(1) / area.sum(1).clamp_min(1)
+    found.figures["inside"] = torch.where(decided, inside, torch.nan).numpy()
+    top = found.maps.flatten(1).argmax(1)
+    hit = truth.flatten(1).gather(1, top[:, None])[:, 0].float()
+    found.figures["pointing"] = torch.where(decided, hit, torch.nan).numpy()
+    rank = found.maps.flatten(1).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    for name in CURVES:
+        scores = []
+        for level in range(1, LEVELS):
+            chosen = (rank < rank.shape[1] * level // LEVELS).view_as(masks)
+            kept_part = chosen if name == "insertion" else ~chosen
+            p = judge.logits(torch.where(kept_part, x, default)).softmax(1)
+            scores.append(p.gather(1, label[:, None])[:, 0])
+        found.figures[name] = torch.stack(scores).mean(0).numpy()
+
+
+def interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """Bootstrap 95 % interval of the mean."""
+    values = values[np.isfinite(values)]
+    if len(values) < 2:
+        return math.nan, math.nan
+    rng = np.random.default_rng(seed)
+    means = values[rng.integers(len(values), size=(1000, len(values)))].mean(1)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def row(found: Found, reference: Found | None) -> dict[str, Any]:
+    """One line of the table."""
+    line: dict[str, Any] = {"explainer": found.name, "budget": found.budget, "images": len(found.masks)}
+    for name in (*FIGURES, *CURVES):
+        values = found.figures[name]
+        line[name] = float(np.nanmean(values)) if np.isfinite(values).any() else math.nan
+        if name in ("area", "held"):
+            line[f"{name}_ci"] = "{:.3f}–{:.3f}".format(*interval(values))
+    if reference is not None and reference is not found:
+        difference = found.figures["area"] - reference.figures["area"][: len(found.masks)]
+        line["paired"] = float(difference.mean())
+        line["paired_ci"] = "{:+.3f}–{:+.3f}".format(*interval(difference))
+    line["evaluations"] = float(found.evaluations.double().mean())
+    line["seconds"] = found.seconds
+    line["memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    line["failed"] = float((~found.holds).double().mean())
+    return line
+
+
+def prepared(variant: scenes.Variant, out: Path | None) -> tuple[Classifier, Masker]:
+    """The variant's classifier and masker, as `minexp demo` makes them; a demo's directory ``out``/VARIANT is used."""
+    from minexp import demo
+
+    folder = None if out is None else out / variant
+    if folder is not None and (folder / "masker.safetensors").is_file():
+        from safetensors.torch import load_file
+
+        tiled = variant in ("mosaic", "segments")
+        model = subjects.SceneNet(4 if tiled else 10).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model.load_state_dict(load_file(folder / "classifier.safetensors"))
+        classifier = subjects.classifier(model.eval(), variant)
+        return classifier, load_masker(folder / "masker.safetensors", classifier)
+    classifier = subjects.classifier(subjects.train_subject(variant), variant)
+    training = scenes.make(variant, demo.MASKER_IMAGES, seed=1)
+    return classifier, fit(classifier, training.images, steps=1200, progress=False)
+
+
+def measure(
+    quiet: bool,
+    *,
+    images: int = 500,
+    out: str | None = None,
+    variant: scenes.Variant = "plain",
+    peers: str | None = None,
+) -> list[dict[str, Any]]:
+    """Rows for minexp's efforts and every peer that can be imported.
+
+    Explainers whose default takes thousands of evaluations are run so on a fortieth of the images, and on a tenth
+    of them with a budget of 256. peers: names of those to run, separated by commas, or "none". With ``out``, also a
+    Markdown and a CSV table and two plots there.
+    """
+    folder = None if out is None else Path(out)
+    classifier, masker = prepared(variant, folder)
+    data = scenes.make(variant, images, split="test")
+    x = torch.from_numpy(data.images).permute(0, 3, 1, 2).float() / 255
+    truth = torch.from_numpy(data.patch if variant == "shortcut" else data.truth)
+    backgrounds = make_backgrounds(classifier, masker)
+    judge = Judge(classifier, Predicate(), backgrounds)
+    label = judge.logits(x).argmax(1)
+    results: list[Found] = []
+    rows: list[dict[str, Any]] = []
+
+    def add(found: Found) -> None:
+        n = len(found.masks)
+        audit(found, judge, x[:n], label[:n], truth[:n])
+        results.append(found)
+        minimal = next((f for f in results if f.name == "minexp minimal"), None)
+        rows.append(row(found, minimal))
+        if folder is not None:  # written as it goes: a long run that is stopped leaves what it has
+            write(rows, folder / variant)
+        if not quiet:
+            print(
+                {k: rows[-1][k] for k in ("explainer", "budget", "area", "held", "evaluations")},
+                file=sys.stderr,
+            )
+
+    for effort in reversed(EFFORTS):
+        add(of_minexp(effort, judge, x, masker, backgrounds))
+    few = x[: max(2, images // 10)]
+    wrong = wrong_class(judge, few, results[0].masks[: len(few)], Refinement(steps=60))
+    if not quiet:
+        share = wrong.float().mean().item()
+        print(f"wrong-class control: {share:.3f} of {len(few)} pass with as many pixels", file=sys.stderr)
+    chosen = None if peers is None else {name.strip() for name in peers.split(",")}
+    for peer in PEERS:
+        if chosen is not None and peer.name not in chosen:
+            continue
+        if (why := missing(peer)) is not None:
+            print(why, file=sys.stderr)
+            continue
+        runs = (
+            [(None, images)]
+            if not peer.heavy
+            else [(256, max(2, images // 10)), (None, max(2, images // 40))]
+        )
+        for budget, count in runs:
+            try:
+                add(of_peer(peer, judge, x[:count], label[:count], budget))
+            except Exception as error:  # a peer that breaks is left out, and said to be
+                print(f"{peer.name} failed: {type(error).__name__}: {error}", file=sys.stderr)
+    if folder is not None:
+        plot(rows, folder / variant)
+    return rows
+
+
+def write(rows: Sequence[dict[str, Any]], stem: Path) -> None:
+    """The table as Markdown and CSV."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    with stem.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="")
+        writer.writeheader()
+        writer.writerows({k: v for k, v in line.items() if k in COLUMNS} for line in rows)
+    shown = [[_cell(line.get(column)) for column in COLUMNS] for line in rows]
+    lines = ["| " + " | ".join(cells) + " |" for cells in (list(COLUMNS), ["---"] * len(COLUMNS), *shown)]
+    stem.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+def plot(rows: Sequence[dict[str, Any]], stem: Path) -> None:
+    """Area against robustness, and area against cost."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("no plots: matplotlib is not installed (pip install 'minexp[bench]')", file=sys.stderr)
+        return
+    for name, column, title in (
+        ("robustness", "held", "class kept on held-out backgrounds"),
+        ("cost", "evaluations", "classifier evaluations an image"),
+    ):
+        figure = Figure(figsize=(7, 5), layout="constrained")
+        axes = figure.subplots()
+        for line in rows:
+            ours = line["explainer"].startswith("minexp")
+            axes.plot(
+                line[column], line["area"], "o" if ours else "s", color="#c2410c" if ours else "#475569"
+            )
+            text = line["explainer"].removeprefix("minexp ") + (
+                "" if line["budget"] == "default" else f" ({line['budget']})"
+            )
+            axes.annotate(
+                text, (line[column], line["area"]), xytext=(5, 3), textcoords="offset points", fontsize=8
+            )
+        if column == "evaluations":
+            axes.set_xscale("log")
+        axes.set(xlabel=title, ylabel="share of the pixels kept", ylim=(0, None))
+        axes.grid(alpha=0.25)
+        figure.savefig(stem.with_name(f"{stem.name}_{name}.png"), dpi=120)
