@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import time
@@ -31,6 +32,7 @@ from .report import Figure, Panel, Section, write_montage, write_report
 from .training import fit
 
 MASKER_IMAGES = 6000
+EXPORT_CHECKS = 64  # scenes on which the exported files are compared with torch
 PREDICATE = Predicate()
 
 
@@ -116,10 +118,26 @@ def run(
         out=out / "report.html",
         sections=_sections(out, held_out, masks, truth, alone, result),
     )
-    result |= {"report": str(page), "opening": str(opening), "total_seconds": round(say.seconds(), 1)}
+    result |= {"report": str(page), "opening": str(opening)}
+    result |= _export(out, classifier, masker, held_out, say)
+    result |= {"total_seconds": round(say.seconds(), 1)}
     write_text(out / "summary.json", json.dumps(result, indent=1) + "\n")
     say.table(result)
     return result
+
+
+def _export(
+    out: Path, classifier: Classifier, masker: Masker, scenes: Scenes, say: _Narrator
+) -> dict[str, Any]:
+    """masker.onnx and explainer.onnx, where what writes them is installed."""
+    if any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript", "spox", "onnxruntime")):
+        say.stage("export: left out; pip install 'minexp[export,onnx]'")
+        return {}
+    from .deploy.export import export
+
+    done = export(classifier, masker, out / "deployed", images=scenes.images[:EXPORT_CHECKS])
+    say.stage(f"exported: {done.explainer}, as torch on {done.parity.images} scenes: {done.parity}")
+    return {"explainer": str(done.explainer), "parity_mask_flips": done.parity.mask_flips}
 
 
 class _Narrator:

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from trained_tiles import masker, tiles
 
-from minexp.certify import Predicate
 from minexp.deploy.export import Draft, Exported, export
+from minexp.predicate import Predicate
 
 _NETWORKS = Draft.networks
 

@@ -18,9 +18,9 @@ class Bench(Command):
 
     example = "minexp bench explain"
 
-    suite: Positional[Literal["kernels", "explain", "data", "mosaic", "peers", "ablation"]]
-    """kernels, explain, data: times; mosaic: whether the tile that decides is named; peers: against other explainers;
-    ablation: what each term of the objective is worth."""
+    suite: Positional[Literal["kernels", "explain", "data", "deploy", "mosaic", "peers", "ablation"]]
+    """kernels, explain, data, deploy: times; mosaic: whether the tile that decides is named; peers: against other
+    explainers; ablation: what each term of the objective is worth."""
     images: int | None = None
     """Images to explain (mosaic, peers, ablation)."""
     out: Path | None = None

@@ -19,10 +19,18 @@ class Export(WithModel):
 
     example = "minexp export --model torchvision:resnet18 --masker masker.safetensors --out deployed/"
 
-    masker: Path
+    model: str = ""
+    """The classifier: torchvision:NAME, timm:NAME, hf:PATH_OR_ID, package.module:factory, file.py:factory or .onnx."""
+    masker: Path | None = None
     """Masker made by `minexp fit` for this classifier."""
-    out: Path
+    out: Path | None = None
     """Directory of the files."""
+    onnx: Path | None = None
+    """An explainer.onnx that is there, in place of --model and --masker: for --page, and needs no torch."""
+    page: Path | None = None
+    """Also one HTML file that explains images in a browser, offline."""
+    web_runtime: Path | None = None
+    """With --page: a tarball or folder of onnxruntime-web, in place of the one that npm fetches once."""
     data: str | None = None
     """Images on which the files are compared with torch; by default those the masker carries."""
     limit: int = 64
@@ -45,11 +53,29 @@ class Export(WithModel):
     """triton: a model repository for Triton, OpenVINO Model Server and KServe."""
 
     def run(self) -> int:
+        summary: dict[str, Any] = {"files": [str(self.onnx)], "explainer": str(self.onnx)}
+        if self.onnx is None:
+            summary = self._files()
+        if self.page is not None:
+            from ..deploy.page import write_page
+
+            summary["page"] = str(write_page(summary["explainer"], self.page, web_runtime=self.web_runtime))
+        elif self.onnx is not None:
+            raise RequestError(
+                f"{self.onnx} is exported already: give --page FILE.html, or --model and --masker"
+            )
+        text = table(summary | {"files": ", ".join(summary["files"])})
+        self.show(summary, f"{text}\nnext: minexp explain --onnx {summary['explainer']} --data DIR --out DIR")
+        return DONE
+
+    def _files(self) -> dict[str, Any]:
         from ..certify import Predicate
         from ..deploy.export import export
         from ..deploy.onnx_classifier import adopt_masker
         from ..masker import load_masker
 
+        if not self.model or self.masker is None or self.out is None:
+            raise RequestError("give --model SPEC, --masker FILE and --out DIR; see minexp export --help")
         classifier = self.classifier()
         load = adopt_masker if self.model.endswith(".onnx") else load_masker
         done = export(
@@ -63,11 +89,7 @@ class Export(WithModel):
             quantize=self.quantize,
             layout=self.layout,
         )
-        summary = done.summary()
-        self.show(
-            summary, f"{table(summary)}\nnext: minexp explain --onnx {done.explainer} --data DIR --out DIR"
-        )
-        return DONE
+        return done.summary()
 
     def _images(self, preprocessing: Preprocessing) -> Any:
         """uint8 [N,H,W,C], or None for those the masker carries."""

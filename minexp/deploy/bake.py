@@ -8,35 +8,41 @@ import torch
 
 from ..backgrounds import Backgrounds
 from ..errors import RequestError
-from ..explanation import RETRIES
+from ..explanation import FRESH, RETRIES
 from ..families import FROM_IMAGE, HELD_OUT, OTHER, POOL, RANDOM
+from ..judge import WAVE
 from ..predicate import Predicate
-from ..repair import THOROUGH
-from .graph import Pictures
-from .plan import Plan
+from ..repair import SPARING, Repair
+from ..search import REPEATS
+from .pictures import Pictures
+from .plan import Plan, Sets
 
 THRESHOLD = 0.5
 
 
-def make_plan(predicate: Predicate, *, fresh: int) -> Plan:
-    """The stages of a fast explanation; fresh: certificate draws a family."""
-    attempts, predicate = range(RETRIES + 1), predicate.thorough()
-    robust = predicate.kind == "robust"
-    stricter = [predicate.stricter(2**attempt) for attempt in attempts]
+def make_plan(predicate: Predicate, kept: str, repair: Repair = SPARING) -> Plan:
+    """The stages of a fast explanation with this predicate; kept: the target in words."""
+    if repair.again:
+        raise RequestError(
+            "an explainer file asks for the scores of the kept pixels once; set Repair.again to False"
+        )
+    asked = [predicate.stricter(REPEATS["fast"] * 2**attempt) for attempt in range(RETRIES + 1)]
     return Plan(
         kind=predicate.kind,
         rho=predicate.rho,
         tau=predicate.tau,
-        draws=tuple(p.draws if robust else 0 for p in stricter),
-        misses=tuple(p.misses if robust else 0 for p in stricter),
+        dilated=predicate.dilated,
+        sets=tuple(Sets(p.repeats, p.draws, p.early, p.misses) for p in asked),
         families=(*RANDOM, *HELD_OUT, OTHER),
-        fresh=fresh,
-        wave=len(RANDOM),
+        fresh=FRESH["fast"],
+        wave=WAVE,
         threshold=THRESHOLD,
-        growth=THOROUGH.growth,
-        bisections=THOROUGH.bisections,
-        enlarge=THOROUGH.enlarge,
-        texts=tuple(map(str, stricter)),
+        start=repair.start,
+        growth=repair.growth,
+        bisections=repair.bisections,
+        enlarge=repair.enlarge,
+        hints=repair.hints,
+        texts=tuple(p.claim(kept) for p in asked),
     )
 
 

@@ -22,8 +22,8 @@ class About:
 
     fingerprint: of the job that it stands for (classifier, masker, predicate, backgrounds). families, fresh: the
     certificate's backgrounds and draws of each. rho: the share of backgrounds the predicate asks for, None when it
-    asks for none. texts: the predicate in words, first and for enlarged masks. selftest: rows that the exporting
-    machine got for the explainer's own pictures. extra: whatever else was recorded.
+    asks for none. predicates: the predicate in words, an attempt each: masks that were enlarged satisfy a stricter one.
+    extra: whatever else was recorded.
     """
 
     format: str
@@ -33,7 +33,7 @@ class About:
     families: tuple[str, ...]
     fresh: int
     rho: float | None
-    predicate: str
+    predicates: tuple[str, ...]
     threshold: float
     background: tuple[float, ...]
     precision: str
@@ -49,13 +49,18 @@ class About:
             "families": list(self.families),
             "fresh": self.fresh,
             "rho": self.rho,
-            "predicate": self.predicate,
+            "predicates": list(self.predicates),
             "threshold": self.threshold,
             "background": list(self.background),
             "precision": self.precision,
             **self.extra,
         }
         return {f"minexp.{key}": json.dumps(value) for key, value in fields.items()}
+
+    @property
+    def predicate(self) -> str:
+        """What a mask has to satisfy at first."""
+        return self.predicates[0]
 
     @classmethod
     def from_metadata(cls, entries: Mapping[str, str], path: object) -> About:
@@ -75,16 +80,24 @@ class About:
                 families=tuple(map(str, fields.pop("families"))),
                 fresh=int(fields.pop("fresh")),
                 rho=None if rho is None else float(rho),
-                predicate=str(fields.pop("predicate")),
+                predicates=tuple(map(str, fields.pop("predicates"))),
                 threshold=float(fields.pop("threshold")),
                 background=tuple(map(float, fields.pop("background"))),
                 precision=str(fields.pop("precision")),
                 extra=fields,
             )
-        except (KeyError, ValueError, TypeError, AttributeError, RequestError) as error:
+        except _UNREADABLE as error:
+            why = f"{type(error).__name__}: {str(error)[:200]}"
             raise RequestError(
-                f"{path}: its metadata is not an explainer's ({type(error).__name__}: {error}); export it again"
+                f"{path}: its metadata is not an explainer's ({why}); export it again"
             ) from error
+
+
+# Whatever JSON of the wrong shape leads to.
+_UNREADABLE = (
+    *(KeyError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError),
+    RequestError,
+)
 
 
 def sealed(model: bytes) -> bytes:

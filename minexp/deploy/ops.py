@@ -139,7 +139,7 @@ class Value:
     def sqrt(self) -> Value:
         return Value(op.sqrt(self.var))
 
-    def clip(self, low: Value | int | None = None, high: Value | int | None = None) -> Value:
+    def clip(self, low: Value | float | None = None, high: Value | float | None = None) -> Value:
         result = self
         if low is not None:
             result = Value(op.max([result.var, self._other(low)]))
@@ -151,11 +151,15 @@ class Value:
         """Multi-indices [N,k] of what is true."""
         return Value(op.non_zero(self.cast(np.uint8).var)).transpose(1, 0)
 
-    def sort_descending(self) -> Value:
-        """Along the last axis of [B,N]."""
-        count = Value(op.shape(self.var)).take(constant(np.array([1], np.int64)))
-        values, _ = op.top_k(self.var, count.var, axis=1, largest=1, sorted=1)
+    def sort_descending(self, count: int) -> Value:
+        """Along the last axis of [B,count]."""
+        values, _ = op.top_k(self.var, op.const(np.array([count], np.int64)), axis=1, largest=1, sorted=1)
         return Value(values)
+
+    def largest(self, count: int) -> Value:
+        """Where the ``count`` largest of each row of [B,N] are, the largest first: [B,count]."""
+        _, places = op.top_k(self.var, op.const(np.array([count], np.int64)), axis=1, largest=1, sorted=1)
+        return Value(places)
 
     def max_pool(self, side: int) -> Value:
         """Maximum over side×side pixels around each of [N,1,H,W]."""
@@ -209,6 +213,15 @@ def loop(
     return [Value(var).reshape(-1, *rest) for var, rest in zip(last, sides, strict=True)]
 
 
+def choose(
+    condition: Value, yes: Callable[[], Sequence[Value]], no: Callable[[], Sequence[Value]]
+) -> list[Value]:
+    """What one of two branches gives, which alone is computed; condition: one value."""
+    branches = [lambda branch=branch: [value.var for value in branch()] for branch in (yes, no)]
+    out = op.if_(condition.var, then_branch=branches[0], else_branch=branches[1])
+    return [Value(var) for var in out]
+
+
 def call(network: onnx.ModelProto, x: Value) -> Value:
     """The first output of a network of one input, its nodes becoming part of this graph."""
     (name,) = (value.name for value in network.graph.input)
@@ -238,19 +251,33 @@ def _hoist(graph: onnx.GraphProto) -> None:
     A network's weights stay inside: only there does ONNX Runtime lay them out for the CPU.
     """
     for place, loop_node in reversed(list(enumerate(graph.node))):
-        if loop_node.op_type != "Loop":
+        if loop_node.op_type == "Loop":
+            (body,) = _subgraphs(loop_node)
+            for node in reversed(_take_unchanging(body, {value.name for value in body.input})):
+                graph.node.insert(place, node)
+
+
+def _take_unchanging(graph: onnx.GraphProto, changing: set[str]) -> list[onnx.NodeProto]:
+    """Take out the nodes of a graph, and of its branches, that no name in ``changing`` reaches; in order."""
+    constants = {node.output[0] for node in graph.node if node.op_type == "Constant"}
+    given = {value.name for value in graph.output}  # a graph gives only what it computes itself
+    moving: set[str] = set()
+    taken: list[onnx.NodeProto] = []
+    for node in graph.node:
+        if node.output[0] in constants:
             continue
-        body = next(attribute.g for attribute in loop_node.attribute if attribute.name == "body")
-        constants = {node.output[0] for node in body.node if node.op_type == "Constant"}
-        changing = {value.name for value in body.input}
-        moving: set[str] = set()
-        for node in body.node:
-            if node.output[0] not in constants and changing.isdisjoint(node.input):
-                if not constants.issuperset(filter(None, node.input)):
-                    moving |= {node.output[0], *constants.intersection(node.input)}
-            else:
-                changing.update(set(node.output) - constants)
-        moved = [node for node in body.node if node.output[0] in moving]
-        for node in reversed(moved):
-            graph.node.insert(place, node)
-            body.node.remove(node)
+        from_outside = not constants.issuperset(filter(None, node.input))
+        if changing.isdisjoint(node.input) and from_outside and given.isdisjoint(node.output):
+            moving |= {*node.output, *constants.intersection(node.input)}
+        else:
+            changing.update(node.output)
+            for branch in _subgraphs(node):
+                taken += _take_unchanging(branch, changing)
+    mine = [node for node in graph.node if node.output[0] in moving]
+    for node in mine:
+        graph.node.remove(node)
+    return mine + taken
+
+
+def _subgraphs(node: onnx.NodeProto) -> list[onnx.GraphProto]:
+    return [attribute.g for attribute in node.attribute if attribute.HasField("g")]

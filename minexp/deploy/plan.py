@@ -25,48 +25,70 @@ class Check:
 
 
 @dataclass(frozen=True)
+class Sets:
+    """The random backgrounds a predicate asks for: ``repeats`` sets of ``draws``.
+
+    Of each set ``misses`` may fail, and its first ``early`` are enough when none does.
+    """
+
+    repeats: int
+    draws: int
+    early: int
+    misses: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """The search for a mask and its certificate.
 
-    kind, rho, tau: the predicate's. draws, misses: how many backgrounds it asks for and how many may fail, at the
-    first attempt and at each enlargement. fresh: draws a family in the certificate, of ``families``. wave:
-    evaluations of an image asked at once. threshold: of the probabilities; growth, bisections: of a mask that fails;
-    enlarge: of a mask that fresh draws contradict. texts: the predicate in words, an attempt each.
+    kind, rho, tau, dilated: the predicate's. sets: its random backgrounds, at the first attempt and at each
+    enlargement. fresh: draws a family in the certificate, of ``families``. wave: evaluations of an image asked at
+    once. threshold: of the probabilities; start, growth, bisections, enlarge, hints: of the repair (`minexp.repair`).
+    texts: the predicate in words, an attempt each.
     """
 
     kind: Literal["top1", "score", "robust"]
     rho: float
     tau: float
-    draws: tuple[int, ...]
-    misses: tuple[int, ...]
+    dilated: bool
+    sets: tuple[Sets, ...]
     families: tuple[str, ...]
     fresh: int
     wave: int
     threshold: float
+    start: float
     growth: float
     bisections: int
     enlarge: float
+    hints: bool
     texts: tuple[str, ...]
 
     @property
+    def plain(self) -> tuple[Check, ...]:
+        """Checks on the default background that a mask has to pass."""
+        return (Check("mask"), Check("dilated")) if self.dilated else (Check("mask"),)
+
+    @property
     def predicate(self) -> tuple[Check, ...]:
-        """Checks of a mask, in the order asked: the default background, then the draws of the last attempt."""
-        draws = max(self.draws) if self.kind == "robust" else 0
+        """Checks of a mask, in their order: the plain ones, then the draws, the families in turn."""
+        draws = max(s.repeats * s.draws for s in self.sets) if self.kind == "robust" else 0
         random = (Check("mask", RANDOM[n % len(RANDOM)], n // len(RANDOM)) for n in range(draws))
-        return (Check("mask"), *random)
+        return (*self.plain, *random)
 
     @property
     def certificate(self) -> tuple[Check, ...]:
-        """Checks of the mask found: three probes, then the fresh draws, numbered from the image's own first."""
-        probes = (Check("mask"), Check("complement"), Check("dilated"))
+        """Checks of the mask found: two probes, then the fresh draws, numbered from the image's own first."""
+        probes = (Check("complement"), Check("dilated"))
         return (*probes, *(Check("mask", family, n) for family in self.families for n in range(self.fresh)))
 
     @property
     def pools(self) -> dict[tuple[str, str], int]:
         """How many draws of (purpose, family) there are."""
         asked = max(check.number for check in self.predicate) + 1
-        predicate = {("predicate", family): asked for family in RANDOM if len(self.predicate) > 1}
-        return predicate | {("certificate", family): POOL for family in self.families}
+        random = RANDOM if len(self.predicate) > len(self.plain) else ()
+        return {("predicate", family): asked for family in random} | {
+            ("certificate", family): POOL for family in self.families
+        }
 
     @property
     def needed(self) -> int:

@@ -26,7 +26,7 @@ PROVIDERS: dict[str, tuple[str, str]] = {
     "openvino": ("OpenVINOExecutionProvider", "onnxruntime-openvino"),
 }
 _FLOATS = ("conf", "conf_masked", "conf_complement", "conf_empty", "threshold", "robust_train", "area")
-BATCH = 32  # images a call: four evaluations of each at once stay in a CPU's cache
+BATCH = 8  # images a call: four evaluations of each at once stay in a CPU's cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +131,7 @@ class Explainer:
         inputs = [(value.name, value.type, value.shape[1:]) for value in session.get_inputs()]
         draws = len(self.about.families) * self.about.fresh
         wanted: dict[str, tuple[str, list[int]]] = {
-            **{name: ("tensor(int64)", []) for name in ("label", "label_masked", "evaluations")},
+            **{name: ("tensor(int64)", []) for name in ("label", "label_masked", "attempt", "evaluations")},
             **{name: ("tensor(bool)", []) for name in ("holds", "certified", "dilation_kept")},
             **{name: ("tensor(float)", []) for name in _FLOATS},
             "kept_on": ("tensor(bool)", [draws]),
@@ -147,7 +147,7 @@ class Explainer:
 
     def warm_up(self, batch: int = 1) -> None:
         """Run once on grey images, so that the first real call is as fast as the next ones."""
-        self.run(np.full((batch, *self.input_shape), 128, np.uint8))
+        self.explain(np.full((batch, *self.input_shape), 128, np.uint8))
 
     def run(self, images: Pixels) -> dict[str, npt.NDArray]:
         """The graph's outputs for uint8 images [B,H,W,C] of the explainer's own size."""
@@ -189,6 +189,11 @@ class Explainer:
             raise MinexpError(
                 "the classifier gives NaN or infinite scores; check its weights, and that mean and std are its own"
             )
+        if not (out["label"].min() >= 0 and out["label"].max() < len(self.class_names)):
+            raise RequestError(
+                f"{self.path}: names {len(self.class_names)} classes and gives class {out['label'].max()}; "
+                "export it again"
+            )
         h, w, _ = self.input_shape
         masks = np.stack([unpack_mask(bits.tobytes(), h, w) for bits in out["mask_bits"]])
         certificates = tuple(self._certificate(out, masks, place) for place in range(len(images)))
@@ -217,7 +222,8 @@ class Explainer:
             evaluations=int(one["evaluations"]),
             kept_on=dict(zip(about.families, draws.tolist(), strict=True)),
         )
-        return write_certificate(measured, about.predicate, about.rho)
+        claim = about.predicates[min(int(one["attempt"]), len(about.predicates) - 1)]
+        return write_certificate(measured, claim, about.rho)
 
     def stream(self, images: Sequence[Pixels] | Iterator[Pixels], batch: int = BATCH) -> Iterator[Explained]:
         """Explain images [H,W,C] of any size one batch after the other, in order."""

@@ -1,0 +1,64 @@
+"""What a graph does with pictures: bytes to floats and masks to bits, the order in which masks grow, backgrounds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from .ops import Value, constant, pad_columns, where
+
+
+@dataclass(frozen=True, eq=False)
+class Pictures:
+    """The backgrounds of a job as an explainer carries them.
+
+    colour: [C] in [0,1], what removed pixels become by default. drawn: uint8 [N,C,H,W]; first: where the draws of
+    (purpose, family) begin in it. blur: matrices [POOL,H,H] and [POOL,W,W] that blur rows and columns, one pair a
+    draw. empty: class probabilities [K] of the default background alone.
+    """
+
+    colour: npt.NDArray[np.float32]
+    drawn: npt.NDArray[np.uint8]
+    first: dict[tuple[str, str], int]
+    blur: tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
+    empty: npt.NDArray[np.float32]
+
+
+def pixels(image: Value) -> Value:
+    """uint8 [B,H,W,C] → float [B,C,H,W] in [0,1], divided as torch divides."""
+    return image.transpose(0, 3, 1, 2).cast(np.float32) / 255
+
+
+def packed(mask: Value) -> Value:
+    """Bits of masks [B,N] from the most significant on: uint8 [B, ⌈N/8⌉]."""
+    bits = pad_columns(mask.cast(np.float32), 8).reshape(0, -1, 8)
+    return (bits @ constant(2.0 ** np.arange(7, -1, -1, dtype=np.float32))).cast(np.uint8)
+
+
+def area(mask: Value) -> Value:
+    """Pixels [B] of masks [B,HW], counted in floats, which are exact so far and faster."""
+    return mask.cast(np.float32).sum(1).cast(np.int64)
+
+
+def draw_numbers(image: Value, count: int) -> Value:
+    """An image's own first draw [B], as in `minexp.backgrounds.draw_numbers`; count: values of one image."""
+    values = image.transpose(0, 3, 1, 2).cast(np.int64).reshape(0, -1)
+    return (values * constant(np.arange(count) * 40503 % 65521)).sum(1) % 2**31
+
+
+def local_order(p: Value, threshold: float, size: tuple[int, int]) -> Value:
+    """`minexp.repair.local_order`, its moving average as two matrix products: far fewer operations on large images."""
+    side = 2 * max(1, min(size) // 8) + 1
+    rows, columns = (_average(n, side) for n in size)
+    around = p
+    for _ in range(2):
+        around = constant(rows) @ around @ constant(columns.T.copy())
+    return where(p > threshold, p, (p + around) * threshold / (1 + threshold))
+
+
+def _average(n: int, side: int) -> npt.NDArray[np.float32]:
+    """[n,n]: mean over the window of ``side`` values around each of n, cut at the ends."""
+    near = np.abs(np.arange(n)[:, None] - np.arange(n)) <= side // 2
+    return (near / near.sum(1, keepdims=True)).astype(np.float32)
