@@ -8,13 +8,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INPUTS := pyproject.toml constraints.txt $(wildcard setup.py CMakeLists.txt csrc/*)
 OUT ?= out/demo
 
-.PHONY: demo test check venv clean
+.PHONY: demo test check docs venv clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    built-in scenes, end to end: classifier, masker, explanations, report (in $(OUT))"
 	@echo "make test    the test suite"
 	@echo "make check   ruff, formatting and types"
+	@echo "make docs    the documentation, strictly, in site/"
 	@echo "make venv    the virtual environment alone"
 
 demo: $(VENV)/stamp
@@ -27,6 +28,9 @@ check: $(VENV)/stamp
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+docs: $(VENV)/stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 venv: $(VENV)/stamp $(VENV)/vision
 
@@ -57,4 +61,4 @@ $(VENV)/stamp: $(VENV)/base $(INPUTS)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info minexp/*.so
+	rm -rf $(VENV) build dist site *.egg-info minexp/*.so

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command: build, operator tests on the device, compute-sanitizer, launches and graph
-# capture, benchmarks, profile. Writes one folder. Needs Python >= 3.10 with a CUDA build of torch >= 2.10 and nvcc.
+# capture, the whole job against the CPU, benchmarks. Writes one folder. Needs Python >= 3.10 with a CUDA build of torch
+# >= 2.10, and nvcc.
 #   bench/gpu.sh [RESULTS_FOLDER]
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -38,6 +39,7 @@ if command -v compute-sanitizer >/dev/null; then
 else
   echo "== compute-sanitizer is not installed: skipped" | tee "$results/sanitizer.txt"
 fi
-step bench "$python" bench/kernels.py --out "$results"
+step job "$python" -m pytest -q -o addopts= -p no:cacheprovider tests/test_cuda.py
+step bench "$python" bench/kernels.py --full --out "$results"
 echo "== results in $results"
 exit $failed

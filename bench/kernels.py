@@ -106,8 +106,7 @@ def cases(full: bool, device: torch.device) -> Iterator[Callable[[], list[Row]]]
         for shape in EDGES if threads == 1 or full else EDGES[:1]:
             yield partial(edge_case, *shape, batch=64, threads=threads, device=device)
     yield partial(position_case, 512, 512, 7, batch=64, device=device)
-    if device.type == "cpu":
-        yield fit_case
+    yield partial(fit_case, device)
 
 
 # ---- activation_kl -----------------------------------------------------------------------------------------------
@@ -245,20 +244,21 @@ def position_case(targets: int, sources: int, size: int, *, batch: int, device: 
 
 
 @contextmanager
-def reference_bodies() -> Iterator[None]:
+def reference_bodies(device: torch.device) -> Iterator[None]:
     """The operators without their kernels."""
     bodies = {
         "activation_kl": _kl.activation_kl_reference,
+        "activation_kl_gradients": _kl.activation_kl_gradients_reference,
         "activation_kl_backward": _kl.activation_kl_backward_reference,
         "edge_topk": _edges.edge_topk_reference,
     }
     with torch.library._scoped_library("minexp", "IMPL") as library:
         for name, body in bodies.items():
-            library.impl(name, body, "CPU", allow_override=True)
+            library.impl(name, body, device.type.upper(), allow_override=True)
         yield
 
 
-def fit_case() -> list[Row]:
+def fit_case(device: torch.device) -> list[Row]:
     """A step of `fit` on the built-in scenes' classifier, and the share of it that activation matching takes."""
     from minexp.classifier import Classifier
     from minexp.data.subjects import SceneNet
@@ -267,9 +267,9 @@ def fit_case() -> list[Row]:
     torch.set_num_threads(2)
     torch.manual_seed(0)
     images = torch.randint(0, 256, (128, 3, 64, 64), dtype=torch.uint8)
-    classifier = Classifier(SceneNet(10), size=64)
+    classifier = Classifier(SceneNet(10).to(device), size=64)
     steps, batch = 6, 64
-    features = [f.detach() for f in classifier.features(images[:batch].float() / 255)[1]]
+    features = [f.detach() for f in classifier.features(images[:batch].to(device).float() / 255)[1]]
     inputs = [(f + 0.1 * torch.randn_like(f)).requires_grad_() for f in features]
 
     def step() -> None:
@@ -281,7 +281,7 @@ def fit_case() -> list[Row]:
 
     def plainly(call: Callable[[], None]) -> Callable[[], None]:
         def run() -> None:
-            with reference_bodies():
+            with reference_bodies(device):
                 call()
 
         return run
@@ -292,7 +292,7 @@ def fit_case() -> list[Row]:
         warnings.simplefilter("ignore")  # so few steps leave the masks as they began
         calls: Calls = {"step reference": plainly(step), "step minexp": step}
         calls |= {"loss reference": plainly(loss), "loss minexp": loss}
-        times = _interleaved(calls, torch.device("cpu"), 2, rounds=7)
+        times = _interleaved(calls, device, 2, rounds=7, captured=False)
     times = {name: [t / steps for t in measured] for name, measured in times.items()}
     rows = []
     for mode in ("step", "loss"):

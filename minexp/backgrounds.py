@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -85,6 +86,7 @@ def blur_matrices(size: Sequence[int], rng: torch.Generator) -> tuple[Tensor, Te
     return _blur_matrix(size[0], sigma), _blur_matrix(size[1], sigma)
 
 
+@lru_cache(maxsize=64)  # a job draws few widths, each for every image
 def _blur_matrix(n: int, sigma: float) -> Tensor:
     """[n,n]: Gaussian blur of n values, reflected at both ends."""
     radius = min(math.ceil(3 * sigma), n - 1)

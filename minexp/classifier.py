@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .data.preprocessing import Preprocessing
 from .errors import RequestError, one_line
+from .execution import Agreement, Execution, agree
 from .layouts import Layout
 from .microbatch import MicroBatch
 from .specs import build
@@ -39,6 +40,7 @@ class Classifier:
     taps: names of the layers whose activations are matched; by default the stem and the last stage output at each
     resolution. A DataParallel or compiled wrapper is taken off: `model` is what it wraps.
     target: what of the output is explained, by default the class with the highest score (`minexp.targets`).
+    execution: precision, memory layout, compilation (`minexp.execution`); refused where scores then differ too much.
     Raises RequestError when the model does not run on such an input or a name is unknown.
     """
 
@@ -53,12 +55,15 @@ class Classifier:
         class_names: Sequence[str] | None = None,
         taps: Sequence[str] | None = None,
         target: Target | str = "top1",
+        execution: Execution | None = None,
     ) -> None:
         self.model = model = unwrapped(model)
         self._depth = 0
         # Compiled code passes hooks over in silence: such parts run as they were written.
         self._compiled = any(map(_is_compiled, model.modules()))
         self._micro_batch: MicroBatch | None = None
+        self.execution, self.agreement = Execution(), Agreement(0.0, 1.0)
+        self._forward: Callable[[Tensor], Any] = model
         self._macs: dict[tuple[int, int], int] = {}
         self.preprocessing = _preprocessing(model, preprocessing, mean, std, size)
         self.target = parse_target(target) if isinstance(target, str) else target
@@ -66,7 +71,7 @@ class Classifier:
         with self.frozen(), torch.no_grad():
             probe = torch.full((PROBES, channels, height, width), 0.5, device=self.device)
             try:
-                seen = trace(model, probe, self._call, lambda output: self._scores(output, PROBES))
+                seen = trace(model, probe, self._run, lambda output: self._scores(output, PROBES))
             except RequestError:
                 raise
             except Exception as error:
@@ -75,7 +80,7 @@ class Classifier:
                     f"({one_line(error)}); give the size and channels it was made for"
                 ) from error
             found = find_taps(model, seen, PROBES, (height, width), taps)
-            self._taps = mark_overwritten(model, found, lambda: self._call(probe))
+            self._taps = mark_overwritten(model, found, lambda: self._run(probe))
         self.num_classes: int = self._scores(seen.output, PROBES).shape[1]
         if class_names is not None and len(class_names) != self.num_classes:
             raise RequestError(
@@ -84,6 +89,18 @@ class Classifier:
         names = range(self.num_classes) if class_names is None else class_names
         self.class_names: tuple[str, ...] = tuple(str(name) for name in names)
         self.target = self.target.bound(self.class_names)
+        if execution is not None and not execution.plain:
+            self._adopt(execution)
+
+    def _adopt(self, execution: Execution) -> None:
+        """Run the model that way from now on; RequestError where its scores of noise are not the plain ones."""
+        noise = torch.rand(2 * PROBES, *self.input_shape, generator=torch.Generator().manual_seed(0)).to(
+            self.device
+        )
+        with torch.no_grad():
+            plain = self.logits(noise)
+        self.execution, self._forward = execution, execution.compiled(self.model)
+        self.agreement = agree(plain, self.logits, noise, execution)
 
     @property
     def taps(self) -> tuple[str, ...]:
@@ -105,6 +122,17 @@ class Classifier:
         """Where the model's parameters are."""
         tensors = (*self.model.parameters(), *self.model.buffers())
         return tensors[0].device if tensors else torch.device("cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the model's parameters."""
+        return next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
+
+    @property
+    def precision(self) -> str:
+        """Of its convolutions and products: "float32", "bfloat16" …"""
+        precision = self.execution.precision
+        return precision if precision != "float32" else str(self.dtype).removeprefix("torch.")
 
     def to(self, device: torch.device | str) -> Classifier:
         """Move the model; returns this classifier."""
@@ -128,9 +156,15 @@ class Classifier:
         text = state_digest(self.model.state_dict()) + json.dumps(settings, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def _call(self, x: Tensor) -> Any:
-        with torch.compiler.set_stance("force_eager") if self._compiled else nullcontext():
-            return self.model(self._normalise(x))
+    def _run(self, x: Tensor, forward: Callable[[Tensor], Any] | None = None) -> Any:
+        """What the model returns for x in pixel space, in the precision and layout asked for."""
+        inputs = self.execution.layout(self._normalise(x).to(self.dtype))
+        as_written = self._compiled and forward is not self._forward
+        with (
+            torch.compiler.set_stance("force_eager") if as_written else nullcontext(),
+            self.execution.context(x.device),
+        ):
+            return (forward or self.model)(inputs)
 
     @contextmanager
     def frozen(self) -> Iterator[nn.Module]:
@@ -161,7 +195,7 @@ class Classifier:
     def logits(self, x: Tensor) -> Tensor:
         """Class scores [B, K] of x [B, C, H, W] in pixel space; differentiable in x."""
         with self.frozen():
-            return self._scores(self._call(x), x.shape[0])
+            return self._scores(self._run(x, self._forward), x.shape[0]).to(x.dtype)
 
     def probabilities(self, x: Tensor) -> Tensor:
         """Softmax of the class scores, [B, K]."""
@@ -173,13 +207,13 @@ class Classifier:
         Differentiable in x. `layouts[l].spatial(features[l])` is the map of a transformer's image tokens.
         """
         with self.frozen(), recording(self.model, self._taps) as outputs:
-            scores = self._scores(self._call(x), x.shape[0])
+            scores = self._scores(self._run(x), x.shape[0]).to(x.dtype)
             missing = [tap.name for tap in self._taps if tap.name not in outputs]
             if missing:
                 raise RequestError(
                     f"the forward pass did not reach the tapped layer '{missing[0]}'; tap another"
                 )
-            return scores, [tap.layout.arrange(outputs[tap.name]) for tap in self._taps]
+            return scores, [tap.layout.arrange(outputs[tap.name]).to(x.dtype) for tap in self._taps]
 
     def macs(self, size: tuple[int, int] | None = None) -> int:
         """Multiply-adds of one forward pass on one image of (H, W), convolutions and matrix products counted."""
@@ -188,8 +222,8 @@ class Classifier:
         size = self.preprocessing.size if size is None else size
         if size not in self._macs:
             x = torch.full((1, self.preprocessing.channels, *size), 0.5, device=self.device)
-            with torch.no_grad(), FlopCounterMode(display=False) as counter:
-                self.logits(x)
+            with torch.no_grad(), self.frozen(), FlopCounterMode(display=False) as counter:
+                self._run(x)
             self._macs[size] = counter.get_total_flops() // 2
         return self._macs[size]
 
@@ -240,6 +274,7 @@ def load_classifier(
     class_names: Sequence[str] | None = None,
     taps: Sequence[str] | None = None,
     target: Target | str | None = None,
+    execution: Execution | None = None,
     device: torch.device | str = "cpu",
     trust_model: bool = False,
 ) -> Classifier:
@@ -251,13 +286,14 @@ def load_classifier(
     where it holds both. Preprocessing and labels are the source's
     own where it has them; `mean`, `std`, `size` and `class_names` override them. A factory is called with no
     argument, or with `num_classes`, and returns a module or a Classifier. target: what of the output is explained, as
-    `minexp.targets` or as the command line writes it.
+    `minexp.targets` or as the command line writes it. execution: precision and the like, `minexp.execution`.
     Raises RequestError, one line with the way out, for whatever cannot be loaded.
     """
     built = build(spec, num_classes=num_classes, pretrained=weights is None, trust_model=trust_model)
     if isinstance(built, Classifier):
         taps = built.taps if taps is None else taps
         target = built.target if target is None else target
+        execution = built.execution if execution is None else execution
         built = Built(built.model, built.preprocessing, built.class_names)
     elif isinstance(built, nn.Module):
         built = Built(built)
@@ -283,6 +319,7 @@ def load_classifier(
         class_names=class_names if class_names is not None or not target.of_classes else built.class_names,
         taps=taps,
         target=target,
+        execution=execution,
     )
 
 

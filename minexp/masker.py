@@ -83,6 +83,7 @@ class Masker(nn.Module):
         self.register_buffer("reference", torch.zeros(0, architecture.channels, 1, 1, dtype=torch.uint8))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits [B,1,H,W] of images x [B,C,H,W] in [0,1]."""
         h = self.stem((x - 0.5) / 0.25)
         skips = []
         for stage in self.down:

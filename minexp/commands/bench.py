@@ -14,13 +14,13 @@ from .base import DONE, Command
 
 @dataclass(frozen=True, kw_only=True)
 class Bench(Command):
-    """Measure the operators, the whole explanation, and its quality (in a source checkout)."""
+    """Measure the operators, the whole explanation, its quality, and the reading of images (in a source checkout)."""
 
     example = "minexp bench explain"
 
-    suite: Positional[Literal["kernels", "explain", "deploy", "mosaic", "peers", "ablation"]]
-    """kernels, explain, deploy: times; mosaic: whether the tile that decides is named; peers: against other explainers;
-    ablation: what each term of the objective is worth."""
+    suite: Positional[Literal["kernels", "explain", "data", "deploy", "mosaic", "peers", "ablation"]]
+    """kernels, explain, data, deploy: times; mosaic: whether the tile that decides is named; peers: against other
+    explainers; ablation: what each term of the objective is worth."""
     images: int | None = None
     """Images to explain (mosaic, peers, ablation)."""
     out: Path | None = None

@@ -146,6 +146,7 @@ _EXPORTED = (
         "device",
         "trust_model",
     ),
+    *("ema", "target", "keep", "tolerance", "precision", "channels_last", "compile"),
     *("masker", "effort", "predicate", "rho", "draws", "tau", "dilated", "background", "seed"),
     *("preset", "match", "cell", "max_evals"),
 )

@@ -1,7 +1,9 @@
 """One encoded image to uint8 RGB, with the traps of real files handled in one place."""
 
+import io
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
 import numpy.typing as npt
@@ -14,12 +16,28 @@ MAX_PIXELS = 100_000_000
 _ALPHA_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
 
 
-def decode_image(file: str | Path | BinaryIO, *, max_pixels: int = MAX_PIXELS) -> npt.NDArray[np.uint8]:
+@dataclass(frozen=True, eq=False)
+class Decoded:
+    """An image, uint8 [h, w, 3], and what was left out of it, if anything."""
+
+    image: npt.NDArray[np.uint8]
+    note: str | None = None
+
+
+def decode_image(file: str | Path | IO[bytes], *, max_pixels: int = MAX_PIXELS) -> npt.NDArray[np.uint8]:
+    """`decode`'s image alone."""
+    return decode(file, max_pixels=max_pixels).image
+
+
+def decode(file: str | Path | bytes | IO[bytes], *, max_pixels: int = MAX_PIXELS) -> Decoded:
     """Decode to uint8 [h, w, 3].
 
     EXIF rotation is applied, transparency is laid over white, 16 bits are scaled to 8, an animation gives its
-    first frame. The pixel cap is checked on the header, before anything is decoded. Raises RequestError.
+    first frame; a colour profile is ignored, and that is noted where it is not sRGB's. The pixel cap is checked on the
+    header, before anything is decoded. Raises RequestError.
     """
+    if isinstance(file, bytes):
+        file = io.BytesIO(file)
     try:
         with Image.open(file, formats=FORMATS) as image:
             width, height = image.size
@@ -28,7 +46,7 @@ def decode_image(file: str | Path | BinaryIO, *, max_pixels: int = MAX_PIXELS) -
                     f"{width} x {height} pixels is above the cap of {max_pixels / 1e6:g} megapixels"
                 )
             image.load()
-            return _rgb(_upright(image), image.format)
+            return Decoded(_rgb(_upright(image), image.format), _profile(image.info.get("icc_profile")))
     except RequestError:
         raise
     except UnidentifiedImageError:
@@ -42,6 +60,15 @@ def decode_image(file: str | Path | BinaryIO, *, max_pixels: int = MAX_PIXELS) -
     ) as error:  # damaged files make Pillow's plugins raise almost anything, struct.error to IndexError
         reason = " ".join(str(error).split()) or type(error).__name__
         raise RequestError(f"cannot be decoded: {reason}") from error
+
+
+PROFILE = "colour profile ignored"
+_SRGB = (b"sRGB", "sRGB".encode("utf-16-be"))  # in a profile's description, of version 2 or 4
+
+
+def _profile(icc: object) -> str | None:
+    ignored = isinstance(icc, bytes) and len(icc) > 0 and not any(name in icc for name in _SRGB)
+    return PROFILE if ignored else None
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -12,18 +12,24 @@ from itertools import islice
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import RequestError
+from ..errors import RequestError, one_line
+from .decoding import Decoded
+
+Pixels = npt.NDArray[np.uint8]
+Prepare = Callable[[Pixels], Pixels]
+WORKERS = min(8, os.cpu_count() or 1)  # threads that decode
 
 
 @dataclass(frozen=True, eq=False)
 class Item:
-    """One image of a source. ``image`` is uint8 [h, w, 3], or None where ``error`` says why."""
+    """One image of a source: uint8 [h, w, 3], or None where ``error`` says why. note: what was left out of it."""
 
     id: str
     uri: str
-    image: npt.NDArray[np.uint8] | None
+    image: Pixels | None
     label: int | None = None
     error: str | None = None
+    note: str | None = None
 
 
 @dataclass(frozen=True)
@@ -33,17 +39,17 @@ class Entry:
     id: str
     uri: str
     label: int | None
-    load: Callable[[], npt.NDArray[np.uint8]]
+    load: Callable[[], Decoded]
 
-    def decode(self) -> Item:
+    def decode(self, prepare: Prepare | None = None) -> Item:
         try:
-            return Item(self.id, self.uri, self.load(), self.label)
+            decoded = self.load()
+            image = decoded.image if prepare is None else prepare(decoded.image)
+            return Item(self.id, self.uri, image, self.label, None, decoded.note)
         except RequestError as error:
             return Item(self.id, self.uri, None, self.label, str(error))
-        except (OSError, MemoryError) as error:
-            return Item(
-                self.id, self.uri, None, self.label, f"cannot be read: {' '.join(str(error).split())}"
-            )
+        except Exception as error:
+            return Item(self.id, self.uri, None, self.label, f"cannot be read: {one_line(error)}")
 
 
 class ImageSource(ABC):
@@ -75,11 +81,24 @@ class ImageSource(ABC):
         """Items from position ``count`` on; those before are not decoded."""
         return self.range(count)
 
-    def range(self, start: int = 0, stop: int | None = None) -> Iterator[Item]:
-        """Items of the positions start <= position < stop, in order; threads decode ahead of the caller."""
+    def range(
+        self, start: int = 0, stop: int | None = None, *, prepare: Prepare | None = None, ahead: int = 0
+    ) -> Iterator[Item]:
+        """Items of the positions start <= position < stop, in order; threads decode ahead of the caller.
+
+        prepare: what becomes of each image, in those threads: a model's input is a thousandth of a large photograph,
+        and so many as ``ahead`` may then wait for the caller.
+        """
         stop = len(self) if stop is None else min(stop, len(self))
         entries = self._entries(start, stop) if start < stop else iter(())
-        return _decode_ahead(entries, min(4, os.cpu_count() or 1))
+        waiting = 2 * WORKERS if prepare is None else max(2 * WORKERS, ahead)
+        return _decode_ahead(entries, prepare, waiting)
+
+    def shard(self, rank: int, count: int) -> "ImageSource":
+        """The ``rank``-th (from 0) of ``count`` parts of nearly equal length, which in their order are the whole."""
+        if not 0 <= rank < count:
+            raise RequestError(f"shard {rank} of {count}: give a rank from 0 to {count - 1}")
+        return _Shard(self, rank, count)
 
     def fingerprint(self) -> str:
         """Hex digest of the listing and the limit; decodes nothing, and the data may move elsewhere."""
@@ -89,15 +108,33 @@ class ImageSource(ABC):
         return digest.hexdigest()
 
 
-def _decode_ahead(entries: Iterator[Entry], workers: int) -> Iterator[Item]:
-    """Decode in order with at most two images a worker waiting: a large image is 300 MB decoded."""
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+class _Shard(ImageSource):
+    """A run of consecutive items of another source."""
+
+    def __init__(self, whole: ImageSource, rank: int, count: int) -> None:
+        self.name, self.class_names = f"{whole.name} ({rank + 1} of {count})", whole.class_names
+        self._whole, self._part = whole, f"{rank}/{count}"
+        self._start, self._stop = (place * len(whole) // count for place in (rank, rank + 1))
+
+    def _total(self) -> int:
+        return self._stop - self._start
+
+    def _entries(self, start: int, stop: int) -> Iterator[Entry]:
+        return self._whole._entries(self._start + start, self._start + stop)
+
+    def _identity(self) -> Iterable[str]:
+        return (self._whole.fingerprint(), self._part)
+
+
+def _decode_ahead(entries: Iterator[Entry], prepare: Prepare | None, most: int) -> Iterator[Item]:
+    """Decode in order with at most so many images waiting, or being decoded: a large one is 300 MB decoded."""
+    pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="decode")
     waiting: deque[Future[Item]] = deque()
     try:
-        waiting.extend(pool.submit(entry.decode) for entry in islice(entries, 2 * workers))
+        waiting.extend(pool.submit(entry.decode, prepare) for entry in islice(entries, most))
         while waiting:
             item = waiting.popleft().result()
-            waiting.extend(pool.submit(entry.decode) for entry in islice(entries, 1))
+            waiting.extend(pool.submit(entry.decode, prepare) for entry in islice(entries, 1))
             yield item
     finally:
         pool.shutdown(wait=False, cancel_futures=True)

@@ -1,7 +1,6 @@
 """Images in: one door for every layout data comes in."""
 
 import glob
-import io
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -14,14 +13,15 @@ import numpy.typing as npt
 
 from ..errors import RequestError
 from .containers import TarSource, is_container, is_image_name, open_container
-from .decoding import FORMATS, decode_image
+from .decoding import FORMATS, Decoded, decode
 from .items import Entry, ImageSource, Item, unique
+from .places import Place, is_uri, list_remote, require_fsspec
 
 __all__ = ["ImageSource", "Item", "load_uri", "open_source"]
 
 _KINDS = (
     "an image, a glob like 'photos/*.jpg', a folder of class folders, a .txt of paths,"
-    " .npy, .npz, IDX, .tar or .parquet"
+    " .npy, .npz, IDX, .tar or .parquet; each a path or a URI"
 )
 _REFUSED = {
     (".zip", ".tgz", ".tar.gz", ".tar.xz", ".tar.bz2", ".7z", ".rar", ".gz"): "unpack it first",
@@ -35,7 +35,6 @@ _REFUSED = {
 _IN_CONTAINER = re.compile(
     r"(?P<path>.*?(?:\.np[yz]|\.tar|\.parquet|\.idx3?|idx[34]-ubyte)(?:\.gz)?)#(?P<key>.+)", re.I | re.S
 )
-_URI = re.compile(r"[a-z][a-z0-9+.-]+://", re.I)
 
 
 def open_source(src: str | Path, *, limit: int | None = None) -> ImageSource:
@@ -54,28 +53,26 @@ def open_source(src: str | Path, *, limit: int | None = None) -> ImageSource:
 
 def load_uri(uri: str) -> npt.NDArray[np.uint8]:
     """Decode one item again by the ``uri`` it carried: uint8 [h, w, 3]. Raises RequestError."""
-    if _URI.match(uri):
-        return _load_remote(uri)
     inside = _IN_CONTAINER.fullmatch(uri)
     if inside is None or os.path.isfile(uri):
-        return decode_image(uri)
-    path, key = Path(inside["path"]), inside["key"]
+        return _load_file(uri).image
+    place, key = Place(inside["path"]), inside["key"]
     try:
-        status = path.stat()
+        version = place.version()
     except OSError as error:
-        raise RequestError(f"{path} cannot be opened: {error.strerror}") from None
-    container = _opened(path, status.st_mtime_ns, status.st_size)
+        raise RequestError(f"{place} cannot be opened: {error.strerror}") from None
+    container = _opened(place, version)
     if isinstance(container, TarSource):
-        return container.load(key)
+        return container.load(key).image
     if not key.isdecimal() or int(key) >= len(container):
-        raise RequestError(f"{path} has {len(container)} images, no {key!r}")
-    return next(container._entries(int(key), int(key) + 1)).load()
+        raise RequestError(f"{place} has {len(container)} images, no {key!r}")
+    return next(container._entries(int(key), int(key) + 1)).load().image
 
 
 @lru_cache(maxsize=2)
-def _opened(path: Path, mtime_ns: int, size: int) -> ImageSource:
+def _opened(place: Place, version: str) -> ImageSource:
     """A container kept open for further look-ups, as long as the file stays the same."""
-    return open_container(path)
+    return open_container(place)
 
 
 class FileSource(ImageSource):
@@ -106,7 +103,7 @@ class FileSource(ImageSource):
         yield from self.class_names or ()
         for uri, name in zip(self._uris, self._ids, strict=True):
             try:
-                size = None if _URI.match(uri) else os.stat(uri).st_size
+                size = None if is_uri(uri) else os.stat(uri).st_size
             except OSError:
                 size = None
             yield f"{name} {size}"
@@ -133,11 +130,10 @@ class ChainSource(ImageSource):
 
 def _open(src: str) -> ImageSource:
     path = Path(src)
-    if _URI.match(src):
-        _require_fsspec(src)
-        return FileSource(src, [src], [src])
+    if is_uri(src):
+        return _remote(src)
     if path.is_dir():
-        return _folder(path)
+        return _folder(str(path.absolute()), list(_walk(str(path.absolute()), set())))
     if path.is_file():
         return _file(path)
     if glob.has_magic(src):
@@ -146,14 +142,31 @@ def _open(src: str) -> ImageSource:
 
 
 def _file(path: Path) -> ImageSource:
-    if is_container(path):
-        return open_container(path.absolute())
+    if is_container(path.name):
+        return open_container(Place(str(path.absolute())))
     if path.suffix.lower() == ".txt":
-        return _list(path)
-    for suffixes, way_out in _REFUSED.items():
-        if path.name.lower().endswith(suffixes):
-            raise RequestError(f"{path} is not read as images: {way_out}")
+        return _list(path.read_bytes(), path)
+    _refuse(path.name, str(path))
     return FileSource(path.name, [str(path.absolute())], [path.name])
+
+
+def _refuse(name: str, where: str) -> None:
+    for suffixes, way_out in _REFUSED.items():
+        if name.lower().endswith(suffixes):
+            raise RequestError(f"{where} is not read as images: {way_out}")
+
+
+def _remote(uri: str) -> ImageSource:
+    place, listed = Place(uri), list_remote(uri)
+    if listed is not None:
+        root, files = listed
+        return _folder(root, files)
+    if is_container(place.name):
+        return open_container(place)
+    if place.name.lower().endswith(".txt"):
+        return _list(place.read(), uri)
+    _refuse(place.name, uri)
+    return FileSource(uri, [uri], [uri])
 
 
 def _glob(pattern: str) -> ImageSource:
@@ -167,20 +180,20 @@ def _glob(pattern: str) -> ImageSource:
         )
         raise RequestError(f"{found} {_KINDS}")
     if all(map(is_container, files)):
-        return _chain(pattern, files)
+        return _chain(pattern, [os.path.abspath(file) for file in files])
     files = [os.path.abspath(file) for file in files]
     parent = os.path.commonpath([os.path.dirname(file) for file in files])
     return FileSource(pattern, files, [Path(os.path.relpath(file, parent)).as_posix() for file in files])
 
 
-def _folder(root: Path) -> ImageSource:
-    files = list(_walk(str(root.absolute()), set()))
-    names = [Path(os.path.relpath(file, root.absolute())).as_posix() for file in files]
+def _folder(root: str, files: list[str]) -> ImageSource:
+    """The images among the files of a folder, their class being the first folder on their way."""
+    names = [file[len(root) :].lstrip("/" + os.sep).replace(os.sep, "/") for file in files]
     images = [index for index, name in enumerate(names) if is_image_name(name)]
     if not images:
         containers = [file for file in files if is_container(file)]
         if containers:
-            return _chain(root.name, containers)
+            return _chain(Place(root).name, containers)
         raise RequestError(
             f"{root} holds no images ({', '.join(FORMATS)}) in it or its folders: give {_KINDS}"
         )
@@ -188,7 +201,7 @@ def _folder(root: Path) -> ImageSource:
     classes = sorted({name.partition("/")[0] for name in ids if "/" in name})
     number = {name: index for index, name in enumerate(classes)}
     labels = [number.get(name.partition("/")[0]) if "/" in name else None for name in ids]
-    return FileSource(root.absolute().name, [files[index] for index in images], ids, labels, classes or None)
+    return FileSource(Place(root).name, [files[index] for index in images], ids, labels, classes or None)
 
 
 def _walk(folder: str, above: set[str]) -> Iterator[str]:
@@ -209,53 +222,37 @@ def _walk(folder: str, above: set[str]) -> Iterator[str]:
             yield entry.path
 
 
-def _list(path: Path) -> ImageSource:
+def _list(content: bytes, where: Path | str) -> ImageSource:
     """One path or URI a line, relative to the list's folder, an integer label behind a tab where known."""
     try:
-        lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        lines = [line for line in content.decode("utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError:
-        raise RequestError(f"{path} is not UTF-8 text: give one path or URI a line") from None
+        raise RequestError(f"{where} is not UTF-8 text: give one path or URI a line") from None
     uris, ids, labels = [], [], []
     for line in lines:
         place, _, label = (part.strip() for part in line.partition("\t"))
         if label and not re.fullmatch(r"-?\d+", label):
             raise RequestError(
-                f"{path}: the label {label!r} of {place} is no integer: give PATH, tab, INTEGER"
+                f"{where}: the label {label!r} of {place} is no integer: give PATH, tab, INTEGER"
             )
-        remote = _URI.match(place)
-        uris.append(place if remote else os.path.abspath(path.parent / place))
+        if is_uri(place):
+            uris.append(place)
+        elif isinstance(where, Path):
+            uris.append(os.path.abspath(where.parent / place))
+        else:
+            uris.append(f"{where.rpartition('/')[0]}/{place}")
         ids.append(place)
         labels.append(int(label) if label else None)
-    for uri in filter(_URI.match, uris):
-        _require_fsspec(uri)
-        break
-    return FileSource(path.name, uris, ids, labels if any(label is not None for label in labels) else None)
+    if any(map(is_uri, uris)):
+        require_fsspec(next(filter(is_uri, uris)))
+    name = where.name if isinstance(where, Path) else where
+    return FileSource(name, uris, ids, labels if any(label is not None for label in labels) else None)
 
 
 def _chain(name: str, files: list[str]) -> ImageSource:
-    parts = [open_container(Path(file).absolute()) for file in files]
+    parts = [open_container(Place(file)) for file in files]
     return parts[0] if len(parts) == 1 else ChainSource(name, parts)
 
 
-def _load_file(uri: str) -> npt.NDArray[np.uint8]:
-    return _load_remote(uri) if _URI.match(uri) else decode_image(uri)
-
-
-def _load_remote(uri: str) -> npt.NDArray[np.uint8]:
-    _require_fsspec(uri)
-    import fsspec
-
-    try:
-        with fsspec.open(uri, "rb") as file:
-            content = file.read()
-    except Exception as error:  # every file system has its own errors
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise RequestError(f"cannot be fetched: {reason}") from error
-    return decode_image(io.BytesIO(content))
-
-
-def _require_fsspec(uri: str) -> None:
-    try:
-        import fsspec  # noqa: F401
-    except ImportError:
-        raise RequestError(f"{uri} needs fsspec: pip install 'minexp[uri]'") from None
+def _load_file(uri: str) -> Decoded:
+    return decode(Place(uri).read() if is_uri(uri) else uri)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import time
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ def run_job(
 
     call: explains uint8 [B,H,W,C]; one row an image. run: facts about the job, with `fingerprint`, `provider` and
     `precision`. An input that cannot be decoded, or whose explanation throws, becomes a row with its error. A job that
-    was stopped goes on behind its last stored row; ``resume=False`` starts over.
+    was stopped goes on behind its last stored row; ``resume=False`` starts over. What was left out of images (colour
+    profiles) is said in a warning.
     Returns the summary of all rows in ``out`` (shares of 1; None where nothing was explained). RequestError when
     ``out`` holds another job.
     """
@@ -49,13 +51,16 @@ def run_job(
     store = StoreWriter(out, run=run, rows_per_shard=ROWS_PER_SHARD, resume=resume)
     resumed, total = store.rows_done, len(source)
     written = certified = 0
+    notes: Counter[str] = Counter()
     try:
         with (
             store,
             tqdm(total=total, initial=resumed, unit="image", disable=None if progress else True) as bar,
         ):
-            ready = (prepare(preprocessing, item) for item in source.range(resumed, total))
+            # the next batch is decoded while this one is explained
+            ready = source.range(resumed, total, prepare=preprocessing.pixels, ahead=batch)
             for items in _batches(ready, batch):
+                notes.update(item.note for item in items if item.note)
                 rows = _rows(items, call)
                 for item, row in zip(items, rows, strict=True):
                     row |= {"id": item.id, "uri": item.uri, "truth": truths(item.label)}
@@ -71,6 +76,8 @@ def run_job(
                 store.directory.rmdir()
         raise
     seconds = time.perf_counter() - started
+    for note, count in notes.items():
+        warnings.warn(f"{count} of {written} images: {note}", stacklevel=2)
     return {
         **summarise(out),
         "resumed": resumed,
@@ -80,19 +87,6 @@ def run_job(
         "precision": run["precision"],
         "out": str(out),
     }
-
-
-def prepare(preprocessing: Preprocessing, item: Item) -> Item:
-    """The item with its image as the classifier takes it, uint8 [H, W, C], or with the reason why there is none.
-
-    Done image by image, because a large photograph decoded takes a thousand times the memory of a model's input.
-    """
-    if item.image is None:
-        return item
-    try:
-        return replace(item, image=preprocessing.pixels(item.image))
-    except Exception as error:
-        return replace(item, image=None, error=_text(error))
 
 
 def _rows(items: Sequence[Item], call: Callable[[Pixels], Sequence[Row]]) -> list[Row]:

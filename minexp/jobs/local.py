@@ -50,6 +50,7 @@ def explain_dataset(
 
     An input that cannot be decoded, or whose explanation throws, becomes a row with its error. A job that was
     stopped goes on behind its last stored row; `resume=False` starts over. The batch size changes no answer.
+    What was left out of images (colour profiles) is said in a warning.
     explain: what to call instead of `minexp.explain`, with its signature.
     Returns the summary of all rows in `out` (shares of 1; None where nothing was explained). RequestError when
     `out` holds another job.
@@ -108,6 +109,8 @@ def _describe(
         "background": background,
         "seed": seed,
     }
+    if not classifier.execution.plain:
+        identity["execution"] = str(classifier.execution)
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     return {
         "fingerprint": digest,
@@ -118,7 +121,8 @@ def _describe(
         "preprocessing": classifier.preprocessing.to_json(),
         "class_names": list(classifier.class_names),
         "provider": f"torch-{classifier.device.type}",
-        "precision": str(next(classifier.model.parameters(), torch.zeros(0)).dtype).removeprefix("torch."),
+        "precision": classifier.precision,
+        "execution": f"{classifier.execution}: {classifier.agreement}",
         "versions": {"minexp": __version__, "torch": torch.__version__},
     }
 
