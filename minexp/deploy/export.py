@@ -56,7 +56,8 @@ class Exported:
     @property
     def explainer(self) -> Path:
         """The file that explains."""
-        return next(p for p in self.files if p.name == "explainer.onnx" or p.parts[-3] == "minexp_explainer")
+        folder = "minexp_explainer"
+        return next(p for p in self.files if p.name == "explainer.onnx" or folder == p.parent.parent.name)
 
     def summary(self) -> dict[str, Any]:
         """The keys of `minexp export --json`."""
