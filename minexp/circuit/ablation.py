@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, get_args
 
@@ -16,31 +17,52 @@ from .network import Network, Place
 from .program import Edit
 from .sites import Site
 
-Metric = Literal["logit", "margin", "log_prob"]
+Metric = Literal["logit", "margin", "log_prob", "contrast"]
 DRAWS = 4  # donors that a score under resampling is averaged over
+RIVALS = 4  # images of other classes that a contrast is drawn with
 
 
 def measure(scores: Tensor, label: Tensor, metric: Metric) -> Tensor:
     """The figure m [B] of class scores [B, K] that a circuit is to keep.
 
-    logit: the class's score; margin: the score above the mean of the other classes; log_prob: log softmax.
+    logit: the class's score; margin: the score above the mean of the other classes; log_prob: log softmax;
+    contrast: the logit, from which `Ablation` takes what the class gets on images of other classes.
     """
     if metric not in get_args(Metric):
         raise RequestError(f"unknown metric {metric!r}; choose {', '.join(get_args(Metric))}")
     picked = scores.gather(1, label.unsqueeze(1))[:, 0]
-    if metric == "logit":
+    if metric in ("logit", "contrast"):
         return picked
     if metric == "margin":
         return picked - (scores.sum(1) - picked) / max(1, scores.shape[1] - 1)
     return picked - scores.logsumexp(1)
 
 
+@dataclass(frozen=True, eq=False)
+class Pool:
+    """Images x [M,C,H,W] with the class [M] that each is given, from which those of other classes are taken."""
+
+    x: Tensor
+    label: Tensor
+
+    def rivals(self, label: Tensor, count: int) -> Tensor:
+        """For each class the numbers of the first so many images of others [B, count]; RequestError without any."""
+        rows = []
+        for y in label.tolist():
+            other = (self.label != y).nonzero()[:, 0]
+            if not len(other):
+                raise RequestError("metric contrast needs reference images of other classes; give some")
+            rows.append(other[torch.arange(count, device=other.device) % len(other)])
+        return torch.stack(rows)
+
+
 class Ablation:
     """Images with any subset of the nodes kept and the others at their baseline.
 
-    x [B,C,H,W] in [0,1]; label [B]: the class whose score counts. ``values``: every site's activations.
-    ``full`` [B]: m with every node kept. What lies before the first ablated site is not
-    computed again. Nothing depends on which images are in the batch. With ``lean`` the activations are not kept.
+    x [B,C,H,W] in [0,1]; label [B]: the class whose score counts. ``values``: every site's activations. ``full``
+    [B]: m with every node kept. What lies before the first ablated site is not computed again. Nothing depends on
+    which images are in the batch. With ``lean`` the activations are not kept. With a ``pool``, m is the score of
+    the class less its mean on images of other classes, under the same ablation: metric contrast.
     """
 
     def __init__(
@@ -54,18 +76,27 @@ class Ablation:
         micro_batch: int = 32,
         seed: int = 0,
         lean: bool = False,
+        pool: Pool | None = None,
     ) -> None:
-        self.net, self.x, self.label, self.baseline, self.metric = net, x, label, baseline, metric
-        self.micro_batch = micro_batch
-        self.seeds = [zlib.crc32(image.numpy().tobytes(), seed) for image in x.cpu()]
+        self.net, self.label, self.baseline, self.metric = net, label, baseline, metric
+        self.micro_batch, self._number = micro_batch, len(x)
+        self._rivals = None if pool is None else len(x) + pool.rivals(label, RIVALS)
+        self.x = x if pool is None else torch.cat([x, pool.x])
+        self.seeds = [zlib.crc32(image.numpy().tobytes(), seed) for image in self.x.cpu()]
         draws = DRAWS if baseline.donors > 1 else 1
         donors = [torch.randperm(baseline.donors, generator=generator(s))[:draws] for s in self.seeds]
         self._donors = torch.stack(donors).to(x.device)  # [B, draws]
         places = [net.scores] if lean else [net.scores, *(site.place for site in net.sites)]
         with torch.no_grad():
-            parts = [_run_together(net, part, places) for part in x.split(self.micro_batch)]
+            parts = [_run_together(net, part, places) for part in self.x.split(self.micro_batch)]
         found: dict[Place, Tensor] = {place: torch.cat([part[place] for part in parts]) for place in places}
-        self.full = measure(found[net.scores], label, metric)
+        scores = found[net.scores]
+        self.alone = measure(scores[: len(x)], label, metric)  # without rivals
+        self.full = self.alone
+        if self._rivals is not None:
+            self.full = self.alone - scores[self._rivals].gather(
+                2, label.view(-1, 1, 1).expand(-1, RIVALS, 1)
+            ).mean((1, 2))
         self.values = {} if lean else found
 
     @cached_property
@@ -74,7 +105,7 @@ class Ablation:
         return self.scores(torch.zeros(len(self), self.net.nodes, dtype=torch.bool, device=self.x.device))
 
     def __len__(self) -> int:
-        return len(self.x)
+        return self._number
 
     @torch.no_grad()
     def scores(self, keep: Tensor, rows: Tensor | None = None, label: Tensor | None = None) -> Tensor:
@@ -85,12 +116,8 @@ class Ablation:
         rows = self._all(keep) if rows is None else rows
         label = self.label[rows] if label is None else label
         out = [self.full[:0]]
-        for part in torch.arange(len(keep), device=rows.device).split(self.micro_batch):
-            draws = self._donors[rows[part]].T
-            m = sum(
-                (self._part(keep[part], rows[part], d, label[part]) for d in draws), self.full.new_zeros(())
-            )
-            out.append(m / len(draws))
+        for part in torch.arange(len(keep), device=rows.device).split(self._at_once):
+            out.append(self._averaged(keep[part], rows[part], label[part]))
         return torch.cat(out)
 
     def faithfulness(self, keep: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -111,14 +138,13 @@ class Ablation:
         """
         rows = self._all(factors) if rows is None else rows
         scores, slopes = [], []
-        for part in torch.arange(len(factors), device=rows.device).split(self.micro_batch):
-            draws = self._donors[rows[part]].T
+        for part in torch.arange(len(factors), device=rows.device).split(self._at_once):
             leaf = factors[part].detach().requires_grad_(True)
+            before = self.net.passes
             with torch.enable_grad():
-                parts = (self._part(leaf, rows[part], d, self.label[rows[part]]) for d in draws)
-                m = sum(parts, self.full.new_zeros(())) / len(draws)
+                m = self._averaged(leaf, rows[part], self.label[rows[part]])
                 slopes.append(torch.autograd.grad(m.sum(), leaf)[0])
-            self.net.passes += 2 * len(part) * len(draws)  # a backward pass is worth two forward ones
+            self.net.passes += 2 * (self.net.passes - before)  # a backward pass is worth two forward ones
             scores.append(m.detach())
         return torch.cat(scores), torch.cat(slopes)
 
@@ -138,6 +164,21 @@ class Ablation:
 
     def _all(self, keep: Tensor) -> Tensor:
         return torch.arange(len(keep), device=self.x.device)
+
+    @property
+    def _at_once(self) -> int:
+        return max(1, self.micro_batch // (1 if self._rivals is None else 1 + RIVALS))
+
+    def _averaged(self, factors: Tensor, rows: Tensor, label: Tensor) -> Tensor:
+        """m of one micro-batch: over the draws of donors, and less that of the rivals."""
+        count = len(rows)
+        if self._rivals is not None:
+            rivals = self._rivals[rows].flatten()
+            factors, label = (torch.cat([t, t.repeat_interleave(RIVALS, 0)]) for t in (factors, label))
+            rows = torch.cat([rows, rivals])
+        draws = self._donors[rows].T
+        m = sum((self._part(factors, rows, d, label) for d in draws), self.full.new_zeros(())) / len(draws)
+        return m if self._rivals is None else m[:count] - m[count:].view(count, RIVALS).mean(1)
 
     def _part(self, factors: Tensor, rows: Tensor, donors: Tensor, label: Tensor) -> Tensor:
         """m of one micro-batch; boolean factors keep or ablate a unit, floating ones interpolate."""

@@ -67,7 +67,7 @@ def exact_into(
             sources += [(parent, int(unit)) for unit in part]
             if target is None:
                 label = ablation.label[row].expand(len(part))
-                effect = ablation.full[row] - measure(value, label, ablation.metric)
+                effect = ablation.alone[row] - measure(value, label, ablation.metric)
                 effects.append(effect[None])
                 changes.append(effect.abs()[None])
                 continue
@@ -111,7 +111,7 @@ def intervene(ablation: Ablation, row: int, edges: Sequence[tuple[Site, int, Sit
             changed = source_ablated(ablation, row, source, torch.tensor([unit]), target)
             if target is None:
                 out.append(
-                    ablation.full[row] - measure(changed, ablation.label[row : row + 1], ablation.metric)[0]
+                    ablation.alone[row] - measure(changed, ablation.label[row : row + 1], ablation.metric)[0]
                 )
                 continue
             keep = torch.zeros(1, target.units, dtype=torch.bool, device=ablation.x.device)
@@ -124,6 +124,6 @@ def intervene(ablation: Ablation, row: int, edges: Sequence[tuple[Site, int, Sit
             known[target.place] = mixed.flatten(0, 1)
             scores = net.run(known, [net.scores])[net.scores]
             out.append(
-                ablation.full[row] - measure(scores, ablation.label[row : row + 1], ablation.metric)[0]
+                ablation.alone[row] - measure(scores, ablation.label[row : row + 1], ablation.metric)[0]
             )
     return torch.stack(out) if out else ablation.full[:0]

@@ -28,14 +28,6 @@ class Effort:
     curve_controls: int = 0
 
 
-@dataclass(frozen=True, eq=False)
-class Others:
-    """Images of other classes under the same ablation: x in ``ablation``, the class each is given in ``label`` [M]."""
-
-    ablation: Ablation
-    label: Tensor
-
-
 def smallest_enough(ablation: Ablation, ranking: Ranking, sizes: Sequence[float], limit: int) -> list[int]:
     """For each image, the nodes of the smallest circuit among the sizes that is faithful enough.
 
@@ -61,7 +53,7 @@ def examine(
     *,
     sizes: Sequence[float] = SIZES,
     effort: Effort = Effort(),
-    others: Others | None = None,
+    others: Ablation | None = None,
 ) -> list[Test]:
     """Test the circuits of the first counts[b] nodes of each image's ranking; a ranking of one row is all images'."""
     number = len(ablation)
@@ -129,13 +121,13 @@ def _random(ablation: Ablation, keep: Tensor, row: int, draws: int) -> tuple[Int
     return interval(f.tolist()), interval(drop.tolist())
 
 
-def _elsewhere(ablation: Ablation, others: Others, keep: Tensor, row: int) -> float | None:
+def _elsewhere(ablation: Ablation, others: Ablation, keep: Tensor, row: int) -> float | None:
     """Mean over images of other classes of what the circuit does there for this image's class."""
     label = int(ablation.label[row])
     rows = (others.label != label).nonzero()[:, 0]
     if not len(rows):
         return None
-    m = others.ablation.scores(keep.expand(len(rows), -1), rows, torch.full_like(rows, label))
+    m = others.scores(keep.expand(len(rows), -1), rows, torch.full_like(rows, label))
     there = torch.full((len(rows),), row, device=keep.device)
     return float(ablation.relative(m, there).mean())
 

@@ -77,7 +77,7 @@ def rank(
 def _energy(ablation: Ablation) -> Ranking:
     scores, keys = [], []
     for site in ablation.net.ablated:
-        energy = site.split(ablation.values[site.place]).norm(dim=2)
+        energy = site.split(ablation.values[site.place])[: len(ablation)].norm(dim=2)
         place = energy.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         scores.append(energy)
         keys.append(1 - (place + 0.5) / site.units)  # the same share of every layer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,11 +14,11 @@ from ..backgrounds import GREY
 from ..classifier import Classifier
 from ..errors import MinexpError, RequestError
 from ..explanation import Explanation
-from .ablation import Ablation
+from .ablation import Ablation, Pool
 from .baseline import Kind, make_baseline
 from .circuit import Circuit, Layer, Test
 from .draft import draft, first_numbers, measured
-from .examine import Effort, Others, examine, mean_test, smallest_enough
+from .examine import Effort, examine, mean_test, smallest_enough
 from .network import Level, network
 from .published import CAVEATS
 from .ranking import Ranking, count_of, rank
@@ -25,7 +26,7 @@ from .settings import Settings
 from .stability import stability
 
 LIMIT = 2000  # nodes of a circuit whose size is not given
-OTHERS = 16  # reference images among which those of other classes are found
+POOL = 16  # reference images among which those of other classes are found
 OWN_REFERENCE = 8  # images of a set, to serve as its own reference
 
 
@@ -114,7 +115,6 @@ class Reader:
             *(CAVEATS if settings.mode == "paper" else ()),
             *((self.net.note,) if self.net.note else ()),
         )
-        self._others: Others | None = None
 
     def prepare(
         self, x: Tensor, explanation: Explanation | None = None, target: int | None = None
@@ -148,14 +148,12 @@ class Reader:
     def ablation(self, x: Tensor, label: Tensor) -> Ablation:
         """Images under this reader's ablation."""
         settings = self.settings
+        pool = self.pool if settings.metric == "contrast" else None
+        if settings.metric == "contrast" and pool is None:
+            raise RequestError("metric contrast needs reference images of other classes; give some")
+        micro_batch, seed = self.micro_batch, settings.seed
         return Ablation(
-            self.net,
-            x,
-            label,
-            self.baseline,
-            settings.metric,
-            micro_batch=self.micro_batch,
-            seed=settings.seed,
+            self.net, x, label, self.baseline, settings.metric, micro_batch=micro_batch, seed=seed, pool=pool
         )
 
     def single(self, x: Tensor, label: Tensor) -> list[Circuit]:
@@ -167,23 +165,23 @@ class Reader:
         """The circuit that images share: mean ranking, mean edges, and its stability under their choice."""
         return self._read(x, label, together=True)[0]
 
-    def others(self) -> Others | None:
-        """Reference images, to see what a circuit does on images of other classes."""
-        if self._others is None and self.reference is not None:
-            x = self.reference[:: max(1, len(self.reference) // OTHERS)][:OTHERS]
-            with torch.no_grad():
-                label = self.classifier.target.label(self.classifier.logits(x))
-            ablation = Ablation(
-                self.net,
-                x,
-                label,
-                self.baseline,
-                self.settings.metric,
-                micro_batch=self.micro_batch,
-                lean=True,
-            )
-            self._others = Others(ablation, label)
-        return self._others
+    @cached_property
+    def pool(self) -> Pool | None:
+        """Some of the reference images with their classes."""
+        if self.reference is None:
+            return None
+        x = self.reference[:: max(1, len(self.reference) // POOL)][:POOL]
+        with torch.no_grad():
+            return Pool(x, self.classifier.target.label(self.classifier.logits(x)))
+
+    @cached_property
+    def others(self) -> Ablation | None:
+        """The pool under this reader's ablation, to see what a circuit does on images of other classes."""
+        if self.pool is None or self.settings.metric == "contrast":  # which has it in itself
+            return None
+        micro_batch, metric = self.micro_batch, self.settings.metric
+        x, label = self.pool.x, self.pool.label
+        return Ablation(self.net, x, label, self.baseline, metric, micro_batch=micro_batch, lean=True)
 
     def test(self, circuit: Circuit, x: Tensor, label: Tensor) -> Test:
         """Test a circuit of this network on images."""
@@ -195,12 +193,12 @@ class Reader:
         sizes = [size for size in self.settings.sizes if count_of(size, self.net.nodes) <= count]
         effort = Effort(self.settings.controls, self.settings.curve_controls)
         tests = examine(
-            self.ablation(x, label), ranking, [count], sizes=sizes, effort=effort, others=self.others()
+            self.ablation(x, label), ranking, [count], sizes=sizes, effort=effort, others=self.others
         )
         return mean_test(tests)
 
     def _read(self, x: Tensor, label: Tensor, together: bool) -> list[Circuit]:
-        settings, others = self.settings, self.others()
+        settings, others = self.settings, self.others
         clock = _Clock(self)
         ablation = self.ablation(x, label)
         own = rank(ablation, settings.by, sizes=settings.sizes)
