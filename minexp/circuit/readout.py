@@ -14,7 +14,7 @@ from ..backgrounds import GREY
 from ..classifier import Classifier
 from ..errors import MinexpError, RequestError
 from ..explanation import Explanation
-from .ablation import Ablation, Pool
+from .ablation import Ablation, Metric, Pool
 from .baseline import Kind, make_baseline
 from .circuit import Circuit, Layer, Test
 from .draft import draft, first_numbers, measured
@@ -147,13 +147,10 @@ class Reader:
 
     def ablation(self, x: Tensor, label: Tensor) -> Ablation:
         """Images under this reader's ablation."""
-        settings = self.settings
-        pool = self.pool if settings.metric == "contrast" else None
-        if settings.metric == "contrast" and pool is None:
-            raise RequestError("metric contrast needs reference images of other classes; give some")
-        micro_batch, seed = self.micro_batch, settings.seed
+        pool = self.pool if self.metric == "contrast" else None
+        micro_batch, seed = self.micro_batch, self.settings.seed
         return Ablation(
-            self.net, x, label, self.baseline, settings.metric, micro_batch=micro_batch, seed=seed, pool=pool
+            self.net, x, label, self.baseline, self.metric, micro_batch=micro_batch, seed=seed, pool=pool
         )
 
     def single(self, x: Tensor, label: Tensor) -> list[Circuit]:
@@ -164,6 +161,15 @@ class Reader:
     def shared(self, x: Tensor, label: Tensor) -> Circuit:
         """The circuit that images share: mean ranking, mean edges, and its stability under their choice."""
         return self._read(x, label, together=True)[0]
+
+    @cached_property
+    def metric(self) -> Metric:
+        """The figure that circuits have to keep."""
+        if self.settings.metric is not None:
+            if self.settings.metric == "contrast" and self.pool is None:
+                raise RequestError("metric contrast needs reference images of other classes; give some")
+            return self.settings.metric
+        return "contrast" if self.pool is not None and len(self.pool.label.unique()) > 1 else "logit"
 
     @cached_property
     def pool(self) -> Pool | None:
@@ -177,9 +183,9 @@ class Reader:
     @cached_property
     def others(self) -> Ablation | None:
         """The pool under this reader's ablation, to see what a circuit does on images of other classes."""
-        if self.pool is None or self.settings.metric == "contrast":  # which has it in itself
+        if self.pool is None or self.metric == "contrast":  # which has it in itself
             return None
-        micro_batch, metric = self.micro_batch, self.settings.metric
+        micro_batch, metric = self.micro_batch, self.metric
         x, label = self.pool.x, self.pool.label
         return Ablation(self.net, x, label, self.baseline, metric, micro_batch=micro_batch, lean=True)
 

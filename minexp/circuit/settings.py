@@ -23,11 +23,11 @@ class Settings:
     mode: exact (nodes by pruning, edges by ablating their source), gradient (both to first order, from one forward
     and backward pass) or paper (as published). level: every layer, or the tapped stages alone (paper: always).
     rank_by: how nodes are ordered, in place of the mode's own way. ablation: what units outside become; None: mean
-    where there are reference images, else blank. metric: the figure a circuit has to keep; contrast is the logit less
-    that on images of other classes, which only a circuit that carries the image keeps. sizes: shares of the nodes that
-    are tested. size: that of the circuit; None: the smallest of the sizes that is 0.8 faithful. fan_in: edges kept into
-    each unit. stream_units: units drawn of each residual stream. controls: random circuits of the same size;
-    curve_controls: of each size. members: nodes, the first in rank, whose own effect is measured.
+    where there are reference images, else blank. metric: the figure a circuit has to keep; None: contrast, the logit
+    less that on images of other classes, where there are reference images of such, else the logit. sizes: shares of
+    the nodes that are tested. size: that of the circuit; None: the smallest of the sizes that is 0.8 faithful. fan_in:
+    edges kept into each unit. stream_units: units drawn of each residual stream. controls: random circuits of the same
+    size; curve_controls: of each size. members: nodes, the first in rank, whose own effect is measured.
     Raises RequestError for values that mean nothing.
     """
 
@@ -35,7 +35,7 @@ class Settings:
     level: Level = "layer"
     rank_by: By | None = None
     ablation: Kind | None = None
-    metric: Metric = "logit"
+    metric: Metric | None = None
     sizes: tuple[float, ...] = SIZES
     size: float | None = None
     fan_in: int = 4

@@ -29,8 +29,8 @@ class Circuit(WithModel):
     """Every layer, or the tapped stages alone."""
     ablation: Literal["mean", "zero", "resample", "blank"] | None = None
     """What units outside a circuit become; by default their mean over reference images, or with one image blank."""
-    metric: Literal["logit", "margin", "log_prob", "contrast"] = "logit"
-    """The figure of the class that a circuit has to keep; contrast: its logit less that on images of other classes."""
+    metric: Literal["contrast", "logit", "margin", "log_prob"] | None = None
+    """The figure a circuit has to keep; contrast: the class's logit less that on images of other classes (default)."""
     sizes: tuple[float, ...] = ()
     """Shares of the nodes to test, in place of 0.001 to 1."""
     circuit_size: float | None = None
