@@ -146,7 +146,7 @@ def explanations(directory: Path, data: Path, classifier: Classifier) -> Path:
 def test_circuits_of_stored_explanations(classifier: Classifier, data: Path, tmp_path: Path) -> None:
     stored = explanations(tmp_path / "explained", data, classifier)
     inputs = job.inputs_of_explanations(stored, classifier)
-    found = reader(classifier, inputs)
+    found = reader(classifier, inputs, metric="logit")
     summary, some = job.circuit_dataset(found, inputs, tmp_path / "out", progress=False, shown=9)
     assert (summary["rows"], summary["errors"], len(some)) == (4, 1, 3)
     x = torch.from_numpy(np.load(data)["images"][:3]).permute(0, 3, 1, 2).float() / 255
