@@ -1,4 +1,4 @@
-"""Explanations on disk: one row an image, in Parquet shards that any reader opens as they are.
+"""Results on disk: one row an image, in Parquet shards that any reader opens as they are.
 
 A shard appears under its name only when it is whole, every page carries a checksum, and the manifest carries each
 shard's digest. The job's fingerprint keeps the rows of different jobs apart.
@@ -8,92 +8,43 @@ import hashlib
 import json
 import os
 import weakref
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import RequestError, VerifyError
 from .files import replacing, write_text
+from .tables import EXPLANATIONS, STATUSES, TABLES, Table, pack_mask, unpack_mask
 
-FORMAT = "minexp.explanations/1"
-STATUSES = ("certified", "uncertified", "error")
+__all__ = [
+    "COLUMNS",
+    "MANIFEST",
+    "SCHEMA",
+    "STATUSES",
+    "StoreWriter",
+    "pack_mask",
+    "read_rows",
+    "read_run",
+    "read_store",
+    "unpack_mask",
+    "verify_store",
+]
+
+SCHEMA, COLUMNS = EXPLANATIONS.schema, EXPLANATIONS.columns
 MANIFEST = "manifest.json"
 _ROW_GROUP = 256  # rows: small enough to fetch one picture's mask cheaply, large enough to compress
-
-SCHEMA = pa.schema(
-    [
-        pa.field("id", pa.string(), nullable=False),
-        pa.field("uri", pa.string(), nullable=False),
-        pa.field("status", pa.string(), nullable=False),
-        ("error", pa.string()),
-        ("truth", pa.int32()),
-        ("label", pa.int32()),
-        ("label_name", pa.string()),
-        ("conf", pa.float32()),
-        ("label_masked", pa.int32()),
-        ("conf_masked", pa.float32()),
-        ("conf_complement", pa.float32()),
-        ("conf_empty", pa.float32()),
-        ("kept", pa.bool_()),
-        ("area", pa.float32()),
-        ("components", pa.int32()),
-        ("border_share", pa.float32()),
-        ("threshold", pa.float32()),
-        ("robust_train", pa.float32()),
-        ("robust_train_low", pa.float32()),
-        ("robust_train_high", pa.float32()),
-        ("robust_train_n", pa.int32()),
-        ("robust_heldout", pa.float32()),
-        ("robust_heldout_low", pa.float32()),
-        ("robust_heldout_high", pa.float32()),
-        ("robust_heldout_n", pa.int32()),
-        ("robust_other", pa.float32()),
-        ("robust_other_n", pa.int32()),
-        (
-            "robust_families",
-            pa.string(),
-        ),  # JSON object: family -> share of its backgrounds with the class kept
-        ("dilation_kept", pa.bool_()),
-        ("minimal_at", pa.int32()),
-        ("predicate", pa.string()),
-        ("evaluations", pa.int32()),
-        ("ms", pa.float32()),
-        ("h", pa.int32()),
-        ("w", pa.int32()),
-        ("mask", pa.binary()),
-        ("mask_crc32", pa.int64()),
-    ]
-)
-COLUMNS: tuple[str, ...] = tuple(SCHEMA.names)
-
-
-def pack_mask(mask: npt.NDArray[np.bool_]) -> bytes:
-    """Bits of a boolean mask [H, W], row by row, most significant bit first; the last byte is filled with zeros."""
-    if mask.ndim != 2:
-        raise ValueError(f"a mask has shape [H, W], not {list(mask.shape)}")
-    return np.packbits(np.asarray(mask, dtype=bool).reshape(-1)).tobytes()
-
-
-def unpack_mask(packed: bytes, h: int, w: int) -> npt.NDArray[np.bool_]:
-    """The boolean mask [h, w] that :func:`pack_mask` packed."""
-    if len(packed) != (h * w + 7) // 8:
-        raise VerifyError(f"a mask of {len(packed)} bytes cannot be {h} x {w} pixels")
-    return np.unpackbits(np.frombuffer(packed, np.uint8), count=h * w).reshape(h, w).astype(bool)
 
 
 class StoreWriter:
     """Append rows to a directory of shards, or go on where an earlier run of the same job stopped.
 
     run: JSON-able facts about the job; ``run["fingerprint"]`` identifies model, masker, data and settings.
-    resume: with False, an existing store in ``directory`` is replaced.
+    table: what kind of rows. resume: with False, an existing store in ``directory`` is replaced.
     Raises RequestError when the directory holds another job or another process is writing to it.
     """
 
@@ -102,6 +53,7 @@ class StoreWriter:
         directory: str | Path,
         *,
         run: Mapping[str, Any],
+        table: Table = EXPLANATIONS,
         rows_per_shard: int = 1024,
         resume: bool = True,
     ) -> None:
@@ -111,8 +63,9 @@ class StoreWriter:
             raise ValueError("run needs a fingerprint")
         self.directory = Path(directory)
         self.rows_per_shard = rows_per_shard
-        self._run = dict(run)
-        self._schema = SCHEMA.with_metadata({"minexp.format": FORMAT, "minexp.run": json.dumps(self._run)})
+        self._run, self._table = dict(run), table
+        about = {"minexp.format": table.format, "minexp.run": json.dumps(self._run)}
+        self._schema = table.schema.with_metadata(about)
         self._buffer: list[dict[str, Any]] = []
         self._shards: list[dict[str, Any]] = []
         self._closed = False
@@ -135,11 +88,11 @@ class StoreWriter:
             for path in _shard_paths(self.directory):
                 path.unlink()
         if manifest.exists():
-            there = _read_manifest(self.directory)
+            there = _read_manifest(self.directory, self._table)
             if there["run"].get("fingerprint") != self._run["fingerprint"]:
                 raise RequestError(
-                    f"{self.directory} holds the explanations of another job (another model, masker, data or settings):"
-                    " give another --out, or --no-resume to replace them"
+                    f"{self.directory} holds the {self._table.content} of another job (another model, masker, data or"
+                    " settings): give another --out, or --no-resume to replace them"
                 )
             self._shards = self._adopt(there["shards"])
         elif _shard_paths(self.directory):
@@ -168,12 +121,17 @@ class StoreWriter:
         return sum(shard["rows"] for shard in self._shards)
 
     def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Add rows: dicts over COLUMNS, null where absent. ``mask`` may be a bool array [H, W] or packed bytes."""
+        """Add rows: dicts over the table's columns, null where absent."""
         if self._closed:
             raise ValueError("the store is closed")
-        self._buffer.extend(_normalised(row) for row in rows)
+        self._buffer.extend(map(self._normalised, rows))
         while len(self._buffer) >= self.rows_per_shard:
             self._flush(self.rows_per_shard)
+
+    def _normalised(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        if unknown := sorted(set(row) - set(self._table.columns)):
+            raise ValueError(f"the store has no column {unknown[0]!r}")
+        return self._table.normalise(row)
 
     def close(self) -> None:
         """Put the remaining rows on disk, in a last and smaller shard."""
@@ -208,30 +166,39 @@ class StoreWriter:
         self._write_manifest()
 
     def _write_manifest(self) -> None:
-        content = {"format": FORMAT, "run": self._run, "rows": self.rows_done, "shards": self._shards}
+        content = {
+            "format": self._table.format,
+            "run": self._run,
+            "rows": self.rows_done,
+            "shards": self._shards,
+        }
         write_text(self.directory / MANIFEST, json.dumps(content, indent=1) + "\n")
 
 
-def read_store(directory: str | Path, columns: Sequence[str] | None = None) -> pa.Table:
+def read_store(
+    directory: str | Path, columns: Sequence[str] | None = None, table: Table = EXPLANATIONS
+) -> pa.Table:
     """All rows, or only some columns of them, in the order they were written; page checksums are verified.
 
-    Raises RequestError when there is no store, VerifyError when a shard is damaged.
+    Raises RequestError when there is no store of that kind, VerifyError when a shard is damaged.
     """
-    paths = _stored_shards(Path(directory))
-    if columns is not None and (unknown := [name for name in columns if name not in COLUMNS]):
-        raise RequestError(f"the store has no column {unknown[0]!r}: it has {', '.join(COLUMNS)}")
-    chosen = list(COLUMNS if columns is None else columns)
-    empty = pa.schema([SCHEMA.field(name) for name in chosen]).empty_table()
-    tables = [_open_shard(path, lambda shard: shard.read(columns=chosen)).select(chosen) for path in paths]
-    return pa.concat_tables([empty, *(table.replace_schema_metadata(None) for table in tables)])
+    paths = _stored_shards(Path(directory), table)
+    if columns is not None and (unknown := [name for name in columns if name not in table.columns]):
+        raise RequestError(f"the store has no column {unknown[0]!r}: it has {', '.join(table.columns)}")
+    chosen = list(table.columns if columns is None else columns)
+    empty = pa.schema([table.schema.field(name) for name in chosen]).empty_table()
+    parts = [_open_shard(path, lambda shard: shard.read(columns=chosen)).select(chosen) for path in paths]
+    return pa.concat_tables([empty, *(part.replace_schema_metadata(None) for part in parts)])
 
 
-def read_rows(directory: str | Path, positions: Sequence[int]) -> list[dict[str, Any]]:
+def read_rows(
+    directory: str | Path, positions: Sequence[int], table: Table = EXPLANATIONS
+) -> list[dict[str, Any]]:
     """Whole rows at the given positions, in the order asked, reading only the row groups they lie in."""
     wanted = sorted(set(positions))
     found: dict[int, dict[str, Any]] = {}
     start = 0
-    for path in _stored_shards(Path(directory)):
+    for path in _stored_shards(Path(directory), table):
         rows_here = _open_shard(path, lambda shard: shard.metadata.num_rows)
         here = [position - start for position in wanted if start <= position < start + rows_here]
         if here:
@@ -254,9 +221,9 @@ def _pick(shard: pq.ParquetFile, offsets: list[int]) -> Iterator[tuple[int, dict
         start += count
 
 
-def read_run(directory: str | Path) -> dict[str, Any]:
-    """What the job recorded about itself. Raises RequestError when there is no store."""
-    run: dict[str, Any] = _read_manifest(Path(directory))["run"]
+def read_run(directory: str | Path, table: Table = EXPLANATIONS) -> dict[str, Any]:
+    """What the job recorded about itself. Raises RequestError when there is no store of that kind."""
+    run: dict[str, Any] = _read_manifest(Path(directory), table)["run"]
     return run
 
 
@@ -264,6 +231,7 @@ def verify_store(directory: str | Path) -> list[str]:
     """Check digests, page checksums, masks, counts and duplicates; one line a problem, none when all is well."""
     directory = Path(directory)
     manifest = _read_manifest(directory)
+    table = TABLES[manifest["format"]]
     problems: list[str] = []
     listed = {shard["name"]: shard for shard in manifest["shards"]}
     present = {path.name: path for path in _shard_paths(directory)}
@@ -275,13 +243,13 @@ def verify_store(directory: str | Path) -> list[str]:
     for name, path in present.items():
         if name in listed and _digest(path) != listed[name]["sha256"]:
             problems.append(f"{name}: its content does not match the digest in {MANIFEST}")
-        problems += _verify_shard(path, listed.get(name), manifest["run"]["fingerprint"], seen)
+        problems += _verify_shard(path, table, listed.get(name), manifest["run"]["fingerprint"], seen)
     problems += [f"id {name!r}: stored {count} times" for name, count in seen.items() if count > 1]
     return problems
 
 
 def _verify_shard(
-    path: Path, listed: Mapping[str, Any] | None, fingerprint: str, seen: Counter[str]
+    path: Path, kind: Table, listed: Mapping[str, Any] | None, fingerprint: str, seen: Counter[str]
 ) -> list[str]:
     problems = []
     rows = 0
@@ -290,53 +258,22 @@ def _verify_shard(
             run = json.loads((shard.schema_arrow.metadata or {}).get(b"minexp.run", b"{}"))
             if run.get("fingerprint") != fingerprint:
                 problems.append(f"{path.name}: belongs to another job")
-            if list(shard.schema_arrow.names) != list(COLUMNS):
+            if tuple(shard.schema_arrow.names) != kind.columns:
                 return [*problems, f"{path.name}: its columns are not the store's"]
-            checked = ["id", "status", "area", "h", "w", "mask", "mask_crc32"]
             for group in range(shard.num_row_groups):
                 # The other columns are read for their checksums alone.
                 table = shard.read_row_group(group)
-                for row in table.select(checked).to_pylist():
+                for row in table.select(list(kind.checked)).to_pylist():
                     rows += 1
                     seen[row["id"]] += 1
-                    problems += [f"{path.name}: id {row['id']!r}: {problem}" for problem in _verify_row(row)]
+                    problems += [
+                        f"{path.name}: id {row['id']!r}: {problem}" for problem in kind.problems(row)
+                    ]
     except (pa.ArrowException, OSError, ValueError) as error:
         return [*problems, f"{path.name}: cannot be read: {_one_line(error)}"]
     if listed is not None and rows != listed["rows"]:
         problems.append(f"{path.name}: {rows} rows, {MANIFEST} lists {listed['rows']}")
     return problems
-
-
-def _verify_row(row: Mapping[str, Any]) -> list[str]:
-    if row["status"] not in STATUSES:
-        return [f"unknown status {row['status']!r}"]
-    if row["mask"] is None:
-        return [] if row["status"] == "error" else ["no mask"]
-    if zlib.crc32(row["mask"]) != row["mask_crc32"]:
-        return ["the mask does not match its checksum"]
-    if row["h"] is None or row["w"] is None or len(row["mask"]) != (row["h"] * row["w"] + 7) // 8:
-        return [f"a mask of {len(row['mask'])} bytes is not {row['h']} x {row['w']} pixels"]
-    area = unpack_mask(row["mask"], row["h"], row["w"]).mean()
-    if row["area"] is not None and abs(area - row["area"]) > 1e-5:
-        return [f"the mask covers {area:.5f} of the image, the row says {row['area']:.5f}"]
-    return []
-
-
-def _normalised(row: Mapping[str, Any]) -> dict[str, Any]:
-    if unknown := sorted(set(row) - set(COLUMNS)):
-        raise ValueError(f"the store has no column {unknown[0]!r}")
-    out = dict(row)
-    if out.get("status") not in STATUSES:
-        raise ValueError(f"status is {out.get('status')!r}: one of {', '.join(STATUSES)}")
-    mask = out.get("mask")
-    if isinstance(mask, np.ndarray):
-        out["h"], out["w"] = mask.shape
-        out["mask"] = mask = pack_mask(mask)
-    if mask is not None and out.get("mask_crc32") is None:
-        out["mask_crc32"] = zlib.crc32(mask)
-    if isinstance(out.get("robust_families"), Mapping):
-        out["robust_families"] = json.dumps(out["robust_families"])
-    return out
 
 
 def _open_shard(path: Path, use: Any) -> Any:
@@ -347,11 +284,13 @@ def _open_shard(path: Path, use: Any) -> Any:
         raise VerifyError(f"{path} is damaged: {_one_line(error)}") from error
 
 
-def _stored_shards(directory: Path) -> list[Path]:
-    return [directory / shard["name"] for shard in _read_manifest(directory)["shards"]]
+def _stored_shards(directory: Path, table: Table) -> list[Path]:
+    return [directory / shard["name"] for shard in _read_manifest(directory, table)["shards"]]
 
 
-def _read_manifest(directory: Path) -> dict[str, Any]:
+def _read_manifest(directory: Path, table: Table | None = None) -> dict[str, Any]:
+    """The manifest of a store of that kind, or of any kind that this version knows."""
+    wanted = EXPLANATIONS if table is None else table
     path = directory / MANIFEST
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -363,13 +302,20 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
             raise ValueError("its fields are not those of a manifest")
     except (FileNotFoundError, NotADirectoryError):
         raise RequestError(
-            f"no explanations in {directory} ({MANIFEST} is not there):"
-            f" write them with minexp explain --out {directory}"
+            f"no {wanted.content} in {directory} ({MANIFEST} is not there):"
+            f" write them with {wanted.command} --out {directory}"
         ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise VerifyError(f"{path} is damaged: {_one_line(error)}") from error
-    if content.get("format") != FORMAT:
-        raise RequestError(f"{path} is of format {content.get('format')!r}: this version reads {FORMAT}")
+    there = TABLES.get(content.get("format"))
+    if there is None:
+        raise RequestError(
+            f"{path} is of format {content.get('format')!r}: this version reads {wanted.format}"
+        )
+    if table is not None and there is not table:
+        raise RequestError(
+            f"{directory} holds {there.content}, no {table.content}: give the directory of those"
+        )
     result: dict[str, Any] = content
     return result
 
