@@ -1,100 +1,255 @@
 """Explanations on disk: one row an image, in Parquet shards that any reader opens as they are.
 
-A shard appears under its name only when it is whole, every page carries a checksum, and the manifest carries each
-shard's digest. The job's fingerprint keeps the rows of different jobs apart.
+A store is a directory: `manifest.json` says which job it belongs to and how its positions are divided, and never
+changes; each process of the job appends to a journal of its own the shards it has written, with digest and tally; a
+shard's name is the run of positions it holds, and appears only when the file is whole. A job's fingerprint keeps the
+rows of different jobs apart. What is missing is what no shard covers.
 """
 
-import hashlib
-import json
+from __future__ import annotations
+
+import contextlib
 import os
-import weakref
-import zlib
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import RequestError, VerifyError
-from .files import replacing, write_text
-
-FORMAT = "minexp.explanations/1"
-STATUSES = ("certified", "uncertified", "error")
-MANIFEST = "manifest.json"
-_ROW_GROUP = 256  # rows: small enough to fetch one picture's mask cheaply, large enough to compress
-
-SCHEMA = pa.schema(
-    [
-        pa.field("id", pa.string(), nullable=False),
-        pa.field("uri", pa.string(), nullable=False),
-        pa.field("status", pa.string(), nullable=False),
-        ("error", pa.string()),
-        ("truth", pa.int32()),
-        ("label", pa.int32()),
-        ("label_name", pa.string()),
-        ("conf", pa.float32()),
-        ("label_masked", pa.int32()),
-        ("conf_masked", pa.float32()),
-        ("conf_complement", pa.float32()),
-        ("conf_empty", pa.float32()),
-        ("kept", pa.bool_()),
-        ("area", pa.float32()),
-        ("components", pa.int32()),
-        ("border_share", pa.float32()),
-        ("threshold", pa.float32()),
-        ("robust_train", pa.float32()),
-        ("robust_train_low", pa.float32()),
-        ("robust_train_high", pa.float32()),
-        ("robust_train_n", pa.int32()),
-        ("robust_heldout", pa.float32()),
-        ("robust_heldout_low", pa.float32()),
-        ("robust_heldout_high", pa.float32()),
-        ("robust_heldout_n", pa.int32()),
-        ("robust_other", pa.float32()),
-        ("robust_other_n", pa.int32()),
-        (
-            "robust_families",
-            pa.string(),
-        ),  # JSON object: family -> share of its backgrounds with the class kept
-        ("dilation_kept", pa.bool_()),
-        ("minimal_at", pa.int32()),
-        ("predicate", pa.string()),
-        ("evaluations", pa.int32()),
-        ("ms", pa.float32()),
-        ("h", pa.int32()),
-        ("w", pa.int32()),
-        ("mask", pa.binary()),
-        ("mask_crc32", pa.int64()),
-    ]
+from .catalogue import (
+    MANIFEST,
+    Manifest,
+    clear,
+    journal,
+    journals,
+    read_manifest,
+    read_run,
+    read_shards,
+    shard_files,
+    sweep,
 )
-COLUMNS: tuple[str, ...] = tuple(SCHEMA.names)
+from .files import replacing
+from .lock import LOCK, Part, hold
+from .shard import Shard, Tally, describe, open_shard, shard_range, write_shard
+from .table import COLUMNS, EXPLANATIONS, Columns, Table, by_column, pack_mask, unpack_mask
+from .verify import verify_store
+
+__all__ = [
+    "COLUMNS",
+    "EXPLANATIONS",
+    "MANIFEST",
+    "Columns",
+    "Manifest",
+    "Store",
+    "StoreWriter",
+    "iter_store",
+    "pack_mask",
+    "read_manifest",
+    "read_rows",
+    "read_run",
+    "read_shards",
+    "read_store",
+    "unpack_mask",
+    "verify_store",
+]
+_FEWEST, _MOST = 256, 8192  # rows a shard: few are lost with a process, many are opened quickly
 
 
-def pack_mask(mask: npt.NDArray[np.bool_]) -> bytes:
-    """Bits of a boolean mask [H, W], row by row, most significant bit first; the last byte is filled with zeros."""
-    if mask.ndim != 2:
-        raise ValueError(f"a mask has shape [H, W], not {list(mask.shape)}")
-    return np.packbits(np.asarray(mask, dtype=bool).reshape(-1)).tobytes()
+class Store:
+    """A store as one process of its job writes it.
+
+    run: JSON-able facts about the job; ``run["fingerprint"]`` identifies model, masker, data and settings. rows: how
+    many there will be. part: (i, n) of a job that n processes divide among themselves. resume: with False, what is in
+    ``directory`` is replaced. Raises RequestError when the directory holds another job or another process writes to it.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        run: Mapping[str, Any],
+        rows: int | None,
+        table: Table = EXPLANATIONS,
+        shard_rows: int | None = None,
+        part: Part = (0, 1),
+        resume: bool = True,
+    ) -> None:
+        if not run.get("fingerprint"):
+            raise ValueError("run needs a fingerprint")
+        self.directory, self.table, self.part = Path(directory), table, part
+        if self.directory.exists() and not self.directory.is_dir():
+            raise RequestError(f"{self.directory} is a file: give another --out, a directory")
+        if part[1] > 1 and not resume:
+            raise RequestError(
+                f"--no-resume would take the other parts' rows too: remove {self.directory}, or leave out --shard"
+            )
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._release = hold(self, self.directory, part)
+        self._closed = False
+        try:
+            new = Manifest(table.format, dict(run), rows, shard_rows or _size(rows))
+            self.manifest = self._manifest(new, resume)
+            sweep(self.directory, self._mine)
+            self._shards = self._adopted()
+            self.resumed = self.rows_done
+            self._journal = journal(self.directory, part)
+            self._rewrite_journal()
+        except BaseException:
+            self._release()
+            raise
+
+    def _manifest(self, new: Manifest, resume: bool) -> Manifest:
+        """The manifest of the job as it was begun, or of this one where there is none."""
+        if not resume:
+            clear(self.directory)
+        if (self.directory / MANIFEST).exists():
+            there = read_manifest(self.directory)
+            if there.run["fingerprint"] == new.run["fingerprint"] and there.format == new.format:
+                return there
+            if read_shards(self.directory) or shard_files(self.directory):
+                raise RequestError(
+                    f"{self.directory} holds the explanations of another job (another model, masker, data or settings):"
+                    " give another --out, or --no-resume to replace them"
+                )
+            clear(self.directory)  # begun and never got to a row
+        elif shard_files(self.directory):
+            raise RequestError(
+                f"{self.directory} holds shards without {MANIFEST}: give another --out, or --no-resume to replace them"
+            )
+        new.write(self.directory)
+        return new
+
+    def _adopted(self) -> dict[str, Shard]:
+        """This part's shards by name: those a journal lists, and those renamed just before a crash kept them off it.
+
+        A shard whose rows are all in others (written by a process that outlived its job) is removed.
+        """
+        listed = {shard.name: shard for shard in read_shards(self.directory) if self._mine(shard.start)}
+        found = {name for name in shard_files(self.directory) if self._mine(shard_range(name)[0])}
+        for name in sorted(listed.keys() - found):
+            warnings.warn(f"{self.directory / name} is missing: its rows are explained again", stacklevel=4)
+        kept, end = {}, 0
+        for name in sorted(found, key=lambda name: (shard_range(name)[0], -shard_range(name)[1])):
+            stop = shard_range(name)[1]
+            if stop <= end:
+                (self.directory / name).unlink()
+                continue
+            kept[name] = listed.get(name) or describe(self.directory / name, self.table)
+            end = max(end, stop)
+        return kept
+
+    def _mine(self, position: int) -> bool:
+        return position // self.manifest.shard_rows % self.part[1] == self.part[0]
+
+    @property
+    def rows_done(self) -> int:
+        """Rows of this part that are safely on disk."""
+        return sum(shard.rows for shard in self._shards.values())
+
+    @property
+    def rows(self) -> int:
+        """Rows that this part is to have."""
+        return sum(stop - start for start, stop in self._cells())
+
+    @property
+    def shards(self) -> list[Shard]:
+        """What is on disk of this part, in the source's order."""
+        return sorted(self._shards.values(), key=lambda shard: shard.start)
+
+    @property
+    def tally(self) -> Tally:
+        """Of the rows that are on disk."""
+        return sum((shard.tally for shard in self.shards), Tally())
+
+    def _cells(self) -> Iterator[tuple[int, int]]:
+        size, rows = self.manifest.shard_rows, self.manifest.rows or 0
+        for start in range(self.part[0] * size, rows, self.part[1] * size):
+            yield start, min(start + size, rows)
+
+    def missing(self) -> list[tuple[int, int]]:
+        """The runs of positions (start, stop) of this part that no shard covers; none is longer than a shard."""
+        shards = [(shard.start, shard.stop) for shard in self.shards]
+        gaps, place = [], 0
+        for start, stop in self._cells():
+            while place < len(shards) and shards[place][1] <= start:
+                place += 1
+            last = place
+            while last < len(shards) and shards[last][0] < stop:
+                last += 1
+            gaps += uncovered(start, stop, shards[place:last])
+        return gaps
+
+    def gaps(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """The runs of positions between two that no shard covers."""
+        here = [
+            (shard.start, shard.stop) for shard in self.shards if shard.start < stop and shard.stop > start
+        ]
+        return uncovered(start, stop, here)
+
+    def record(self, shard: Shard) -> None:
+        """Enter a shard that `write_shard` has put into the directory."""
+        self._shards[shard.name] = shard
+        with open(self._journal, "a", encoding="utf-8") as file:
+            file.write(shard.to_json() + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def orphans(self, start: int, stop: int) -> Iterator[Shard]:
+        """Shards between two positions that a process wrote and died before it could say so; not yet recorded."""
+        for name in sorted(shard_files(self.directory) - self._shards.keys()):
+            first, last = shard_range(name)
+            if start <= first and last <= stop:
+                yield describe(self.directory / name, self.table)
+
+    def close(self) -> None:
+        """Let others write. What never got to a row leaves nothing behind, so that a corrected request finds no job."""
+        if self._closed:
+            return
+        self._closed = True
+        if self.part[1] == 1 and self.manifest.rows and not self._shards:
+            clear(self.directory)
+            (self.directory / LOCK).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self.directory.rmdir()
+        self._release()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _rewrite_journal(self) -> None:
+        """The journal as this process knows it: without a last line that a crash cut, and with what it took in."""
+        with replacing(self._journal) as temporary:
+            temporary.write_text("".join(f"{shard.to_json()}\n" for shard in self.shards), encoding="utf-8")
+        if self.part[1] == 1:
+            for other in journals(self.directory):
+                if other != self._journal:
+                    other.unlink()  # of parts, whose shards are all in this one
 
 
-def unpack_mask(packed: bytes, h: int, w: int) -> npt.NDArray[np.bool_]:
-    """The boolean mask [h, w] that :func:`pack_mask` packed."""
-    if len(packed) != (h * w + 7) // 8:
-        raise VerifyError(f"a mask of {len(packed)} bytes cannot be {h} x {w} pixels")
-    return np.unpackbits(np.frombuffer(packed, np.uint8), count=h * w).reshape(h, w).astype(bool)
+def uncovered(start: int, stop: int, covered: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """What is left of start <= position < stop without the sorted runs ``covered``."""
+    gaps = []
+    for first, last in covered:
+        if first > start:
+            gaps.append((start, first))
+        start = max(start, last)
+    return gaps + ([(start, stop)] if start < stop else [])
 
 
 class StoreWriter:
-    """Append rows to a directory of shards, or go on where an earlier run of the same job stopped.
+    """Append rows to a store whose length is not known beforehand, in one process.
 
-    run: JSON-able facts about the job; ``run["fingerprint"]`` identifies model, masker, data and settings.
-    resume: with False, an existing store in ``directory`` is replaced.
-    Raises RequestError when the directory holds another job or another process is writing to it.
+    Goes on behind the rows of an earlier run of the same job; ``resume=False`` replaces them. Raises RequestError when
+    the directory holds another job or another process is writing to it.
     """
 
     def __init__(
@@ -104,76 +259,42 @@ class StoreWriter:
         run: Mapping[str, Any],
         rows_per_shard: int = 1024,
         resume: bool = True,
+        table: Table = EXPLANATIONS,
     ) -> None:
         if rows_per_shard < 1:
             raise RequestError(f"rows_per_shard is {rows_per_shard}: give at least 1")
-        if not run.get("fingerprint"):
-            raise ValueError("run needs a fingerprint")
-        self.directory = Path(directory)
-        self.rows_per_shard = rows_per_shard
-        self._run = dict(run)
-        self._schema = SCHEMA.with_metadata({"minexp.format": FORMAT, "minexp.run": json.dumps(self._run)})
-        self._buffer: list[dict[str, Any]] = []
-        self._shards: list[dict[str, Any]] = []
-        self._closed = False
-        if self.directory.exists() and not self.directory.is_dir():
-            raise RequestError(f"{self.directory} is a file: give another --out, a directory")
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self._release = _lock(self, self.directory)
-        try:
-            self._open(resume)
-        except BaseException:
-            self._release()
-            raise
-
-    def _open(self, resume: bool) -> None:
-        manifest = self.directory / MANIFEST
-        for stray in self.directory.glob(".shard-*.partial.parquet"):
-            stray.unlink()  # a shard that a killed run never finished
-        if not resume:
-            manifest.unlink(missing_ok=True)
-            for path in _shard_paths(self.directory):
-                path.unlink()
-        if manifest.exists():
-            there = _read_manifest(self.directory)
-            if there["run"].get("fingerprint") != self._run["fingerprint"]:
-                raise RequestError(
-                    f"{self.directory} holds the explanations of another job (another model, masker, data or settings):"
-                    " give another --out, or --no-resume to replace them"
-                )
-            self._shards = self._adopt(there["shards"])
-        elif _shard_paths(self.directory):
-            raise RequestError(
-                f"{self.directory} holds shards without {MANIFEST}: give another --out, or --no-resume to replace them"
+        self._store = Store(
+            directory, run=run, rows=None, table=table, shard_rows=rows_per_shard, resume=resume
+        )
+        self.directory, self.rows_per_shard = self._store.directory, rows_per_shard
+        if gaps := self._store.gaps(0, max((shard.stop for shard in self._store.shards), default=0)):
+            self._store.close()
+            raise VerifyError(
+                f"{self.directory} lacks the rows from {gaps[0][0]} on: start over with resume=False"
             )
-        self._write_manifest()
-
-    def _adopt(self, listed: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The shards on disk: those the manifest lists, and one renamed just before a crash kept it off the list."""
-        known = {shard["name"]: shard for shard in listed}
-        shards = []
-        for index, path in enumerate(_shard_paths(self.directory)):
-            if path.name != _shard_name(index):
-                raise VerifyError(
-                    f"{self.directory / _shard_name(index)} is missing: start over with --no-resume"
-                )
-            shards.append(known.pop(path.name) if path.name in known else _describe(path))
-        if known:
-            raise VerifyError(f"{self.directory / next(iter(known))} is missing: start over with --no-resume")
-        return shards
+        self._buffer: list[Mapping[str, Any]] = []
+        self._closed = False
 
     @property
     def rows_done(self) -> int:
-        """Rows safely on disk; sources are ordered, so the job goes on at this position."""
-        return sum(shard["rows"] for shard in self._shards)
+        """Rows safely on disk; the next one written gets this position."""
+        return self._store.rows_done
 
     def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Add rows: dicts over COLUMNS, null where absent. ``mask`` may be a bool array [H, W] or packed bytes."""
+        """Add rows: dicts over the table's columns, null where absent, as `table.by_column` takes them."""
         if self._closed:
             raise ValueError("the store is closed")
-        self._buffer.extend(_normalised(row) for row in rows)
+        if rows:
+            self._store.table.to_arrow(by_column(rows))  # refused here rather than when the shard is full
+        self._buffer.extend(rows)
         while len(self._buffer) >= self.rows_per_shard:
             self._flush(self.rows_per_shard)
+
+    def _flush(self, count: int) -> None:
+        batch = by_column(self._buffer[:count])
+        store = self._store
+        store.record(write_shard(self.directory, store.table, store.manifest.run, self.rows_done, [batch]))
+        del self._buffer[:count]
 
     def close(self) -> None:
         """Put the remaining rows on disk, in a last and smaller shard."""
@@ -184,9 +305,9 @@ class StoreWriter:
                 self._flush(len(self._buffer))
         finally:
             self._closed = True
-            self._release()
+            self._store.close()
 
-    def __enter__(self) -> "StoreWriter":
+    def __enter__(self) -> StoreWriter:
         return self
 
     def __exit__(
@@ -195,49 +316,42 @@ class StoreWriter:
         # Also after an interruption: every buffered row is complete, and keeping it saves its work.
         self.close()
 
-    def _flush(self, count: int) -> None:
-        table = pa.Table.from_pylist(self._buffer[:count], schema=self._schema)
-        path = self.directory / _shard_name(len(self._shards))
-        with replacing(path) as temporary:
-            pq.write_table(
-                table, temporary, compression="zstd", row_group_size=_ROW_GROUP, write_page_checksum=True
-            )
-            shard = {**_describe(temporary), "name": path.name}
-        del self._buffer[:count]
-        self._shards.append(shard)
-        self._write_manifest()
 
-    def _write_manifest(self) -> None:
-        content = {"format": FORMAT, "run": self._run, "rows": self.rows_done, "shards": self._shards}
-        write_text(self.directory / MANIFEST, json.dumps(content, indent=1) + "\n")
+def iter_store(directory: str | Path, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+    """All rows, or only some columns of them, shard by shard in the source's order; page checksums are verified.
+
+    Raises RequestError when there is no store or column, VerifyError when a shard is damaged.
+    """
+    directory = Path(directory)
+    table = read_manifest(directory).table
+    if columns is not None and (unknown := [name for name in columns if name not in table.columns]):
+        raise RequestError(f"the store has no column {unknown[0]!r}: it has {', '.join(table.columns)}")
+    chosen = list(table.columns if columns is None else columns)
+    for listed in read_shards(directory):
+        rows = open_shard(directory / listed.name, lambda shard: shard.read(columns=chosen))
+        yield rows.select(chosen).replace_schema_metadata(None)
 
 
 def read_store(directory: str | Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """All rows, or only some columns of them, in the order they were written; page checksums are verified.
-
-    Raises RequestError when there is no store, VerifyError when a shard is damaged.
-    """
-    paths = _stored_shards(Path(directory))
-    if columns is not None and (unknown := [name for name in columns if name not in COLUMNS]):
-        raise RequestError(f"the store has no column {unknown[0]!r}: it has {', '.join(COLUMNS)}")
-    chosen = list(COLUMNS if columns is None else columns)
-    empty = pa.schema([SCHEMA.field(name) for name in chosen]).empty_table()
-    tables = [_open_shard(path, lambda shard: shard.read(columns=chosen)).select(chosen) for path in paths]
-    return pa.concat_tables([empty, *(table.replace_schema_metadata(None) for table in tables)])
+    """`iter_store` as one table."""
+    schema = read_manifest(Path(directory)).table.schema
+    tables = list(iter_store(directory, columns))
+    chosen = schema.names if columns is None else columns
+    return pa.concat_tables([pa.schema([schema.field(name) for name in chosen]).empty_table(), *tables])
 
 
 def read_rows(directory: str | Path, positions: Sequence[int]) -> list[dict[str, Any]]:
-    """Whole rows at the given positions, in the order asked, reading only the row groups they lie in."""
+    """Whole rows at the given places of `read_store`, in the order asked, reading only the row groups they lie in."""
+    directory = Path(directory)
     wanted = sorted(set(positions))
     found: dict[int, dict[str, Any]] = {}
     start = 0
-    for path in _stored_shards(Path(directory)):
-        rows_here = _open_shard(path, lambda shard: shard.metadata.num_rows)
-        here = [position - start for position in wanted if start <= position < start + rows_here]
+    for listed in read_shards(directory):
+        here = [position - start for position in wanted if start <= position < start + listed.rows]
         if here:
-            picked = _open_shard(path, lambda shard, here=here: dict(_pick(shard, here)))
+            picked = open_shard(directory / listed.name, lambda shard, here=here: dict(_pick(shard, here)))  # type: ignore[misc]
             found.update((start + offset, row) for offset, row in picked.items())
-        start += rows_here
+        start += listed.rows
     if missing := [position for position in wanted if position not in found]:
         raise IndexError(f"the store has {start} rows, no row {missing[0]}")
     return [found[position] for position in positions]
@@ -254,172 +368,9 @@ def _pick(shard: pq.ParquetFile, offsets: list[int]) -> Iterator[tuple[int, dict
         start += count
 
 
-def read_run(directory: str | Path) -> dict[str, Any]:
-    """What the job recorded about itself. Raises RequestError when there is no store."""
-    run: dict[str, Any] = _read_manifest(Path(directory))["run"]
-    return run
-
-
-def verify_store(directory: str | Path) -> list[str]:
-    """Check digests, page checksums, masks, counts and duplicates; one line a problem, none when all is well."""
-    directory = Path(directory)
-    manifest = _read_manifest(directory)
-    problems: list[str] = []
-    listed = {shard["name"]: shard for shard in manifest["shards"]}
-    present = {path.name: path for path in _shard_paths(directory)}
-    problems += [f"{name}: missing" for name in listed if name not in present]
-    problems += [f"{name}: not listed in {MANIFEST}" for name in present if name not in listed]
-    if sum(shard["rows"] for shard in listed.values()) != manifest["rows"]:
-        problems.append(f"{MANIFEST}: counts {manifest['rows']} rows, its shards sum to another number")
-    seen: Counter[str] = Counter()
-    for name, path in present.items():
-        if name in listed and _digest(path) != listed[name]["sha256"]:
-            problems.append(f"{name}: its content does not match the digest in {MANIFEST}")
-        problems += _verify_shard(path, listed.get(name), manifest["run"]["fingerprint"], seen)
-    problems += [f"id {name!r}: stored {count} times" for name, count in seen.items() if count > 1]
-    return problems
-
-
-def _verify_shard(
-    path: Path, listed: Mapping[str, Any] | None, fingerprint: str, seen: Counter[str]
-) -> list[str]:
-    problems = []
-    rows = 0
-    try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as shard:
-            run = json.loads((shard.schema_arrow.metadata or {}).get(b"minexp.run", b"{}"))
-            if run.get("fingerprint") != fingerprint:
-                problems.append(f"{path.name}: belongs to another job")
-            if list(shard.schema_arrow.names) != list(COLUMNS):
-                return [*problems, f"{path.name}: its columns are not the store's"]
-            checked = ["id", "status", "area", "h", "w", "mask", "mask_crc32"]
-            for group in range(shard.num_row_groups):
-                # The other columns are read for their checksums alone.
-                table = shard.read_row_group(group)
-                for row in table.select(checked).to_pylist():
-                    rows += 1
-                    seen[row["id"]] += 1
-                    problems += [f"{path.name}: id {row['id']!r}: {problem}" for problem in _verify_row(row)]
-    except (pa.ArrowException, OSError, ValueError) as error:
-        return [*problems, f"{path.name}: cannot be read: {_one_line(error)}"]
-    if listed is not None and rows != listed["rows"]:
-        problems.append(f"{path.name}: {rows} rows, {MANIFEST} lists {listed['rows']}")
-    return problems
-
-
-def _verify_row(row: Mapping[str, Any]) -> list[str]:
-    if row["status"] not in STATUSES:
-        return [f"unknown status {row['status']!r}"]
-    if row["mask"] is None:
-        return [] if row["status"] == "error" else ["no mask"]
-    if zlib.crc32(row["mask"]) != row["mask_crc32"]:
-        return ["the mask does not match its checksum"]
-    if row["h"] is None or row["w"] is None or len(row["mask"]) != (row["h"] * row["w"] + 7) // 8:
-        return [f"a mask of {len(row['mask'])} bytes is not {row['h']} x {row['w']} pixels"]
-    area = unpack_mask(row["mask"], row["h"], row["w"]).mean()
-    if row["area"] is not None and abs(area - row["area"]) > 1e-5:
-        return [f"the mask covers {area:.5f} of the image, the row says {row['area']:.5f}"]
-    return []
-
-
-def _normalised(row: Mapping[str, Any]) -> dict[str, Any]:
-    if unknown := sorted(set(row) - set(COLUMNS)):
-        raise ValueError(f"the store has no column {unknown[0]!r}")
-    out = dict(row)
-    if out.get("status") not in STATUSES:
-        raise ValueError(f"status is {out.get('status')!r}: one of {', '.join(STATUSES)}")
-    mask = out.get("mask")
-    if isinstance(mask, np.ndarray):
-        out["h"], out["w"] = mask.shape
-        out["mask"] = mask = pack_mask(mask)
-    if mask is not None and out.get("mask_crc32") is None:
-        out["mask_crc32"] = zlib.crc32(mask)
-    if isinstance(out.get("robust_families"), Mapping):
-        out["robust_families"] = json.dumps(out["robust_families"])
-    return out
-
-
-def _open_shard(path: Path, use: Any) -> Any:
-    try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as shard:
-            return use(shard)
-    except (pa.ArrowException, OSError) as error:
-        raise VerifyError(f"{path} is damaged: {_one_line(error)}") from error
-
-
-def _stored_shards(directory: Path) -> list[Path]:
-    return [directory / shard["name"] for shard in _read_manifest(directory)["shards"]]
-
-
-def _read_manifest(directory: Path) -> dict[str, Any]:
-    path = directory / MANIFEST
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if (
-            not content["run"]["fingerprint"]
-            or content["rows"] < 0
-            or not isinstance(content["shards"], list)
-        ):
-            raise ValueError("its fields are not those of a manifest")
-    except (FileNotFoundError, NotADirectoryError):
-        raise RequestError(
-            f"no explanations in {directory} ({MANIFEST} is not there):"
-            f" write them with minexp explain --out {directory}"
-        ) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise VerifyError(f"{path} is damaged: {_one_line(error)}") from error
-    if content.get("format") != FORMAT:
-        raise RequestError(f"{path} is of format {content.get('format')!r}: this version reads {FORMAT}")
-    result: dict[str, Any] = content
-    return result
-
-
-def _shard_name(index: int) -> str:
-    return f"shard-{index:05d}.parquet"
-
-
-def _shard_paths(directory: Path) -> list[Path]:
-    return sorted(directory.glob("shard-*.parquet"), key=lambda path: (len(path.name), path.name))
-
-
-def _describe(path: Path) -> dict[str, Any]:
-    return {
-        "name": path.name,
-        "rows": _open_shard(path, lambda s: s.metadata.num_rows),
-        "sha256": _digest(path),
-    }
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def _lock(owner: object, directory: Path) -> Callable[[], object]:
-    """Hold the directory for this process, where the file system knows locks: two writers would double rows.
-
-    Returns what releases it; it is also released when ``owner`` goes.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        return lambda: None
-    handle = os.open(directory, os.O_RDONLY)
-    release = weakref.finalize(owner, os.close, handle)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        release()
-        raise RequestError(
-            f"another process is writing to {directory}: wait for it, or give another --out"
-        ) from None
-    except OSError:
-        release()  # a file system without locks
-    return release
+def _size(rows: int | None) -> int:
+    """Rows a shard: a power of two, such that a job has about a thousand shards."""
+    size = _FEWEST
+    while size < _MOST and rows is not None and rows > 1024 * size:
+        size *= 2
+    return size

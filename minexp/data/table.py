@@ -1,0 +1,164 @@
+"""The tables that stores hold: columns, the states of a row, and rows brought into that shape."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from ..errors import VerifyError
+
+Columns = dict[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A kind of store. schema: has `id` and `status`; means: columns whose means a job's summary gives."""
+
+    format: str
+    schema: pa.Schema
+    statuses: tuple[str, ...]
+    means: tuple[str, ...] = ()
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return tuple(self.schema.names)
+
+    def to_arrow(self, columns: Mapping[str, Any]) -> pa.Table:
+        """Columns of equal length (arrays or lists; None is null) with those absent as nulls.
+
+        Raises ValueError for a column or a status that the table does not know.
+        """
+        if unknown := sorted(set(columns) - set(self.columns)):
+            raise ValueError(f"the store has no column {unknown[0]!r}")
+        if wrong := sorted(set(map(str, columns["status"])) - set(self.statuses)):
+            raise ValueError(f"status is {wrong[0]!r}: one of {', '.join(self.statuses)}")
+        count = len(columns["status"])
+        return pa.table(
+            [
+                _array(columns[f.name], f.type) if f.name in columns else pa.nulls(count, f.type)
+                for f in self.schema
+            ],
+            schema=self.schema,
+        )
+
+
+EXPLANATIONS = Table(
+    "minexp.explanations/2",
+    pa.schema(
+        [
+            pa.field("id", pa.string(), nullable=False),
+            pa.field("uri", pa.string(), nullable=False),
+            pa.field("status", pa.string(), nullable=False),
+            ("error", pa.string()),
+            ("truth", pa.int32()),
+            ("label", pa.int32()),
+            ("label_name", pa.string()),
+            ("conf", pa.float32()),
+            ("label_masked", pa.int32()),
+            ("conf_masked", pa.float32()),
+            ("conf_complement", pa.float32()),
+            ("conf_empty", pa.float32()),
+            ("kept", pa.bool_()),
+            ("area", pa.float32()),
+            ("components", pa.int32()),
+            ("border_share", pa.float32()),
+            ("threshold", pa.float32()),
+            ("robust_train", pa.float32()),
+            ("robust_train_low", pa.float32()),
+            ("robust_train_high", pa.float32()),
+            ("robust_train_n", pa.int32()),
+            ("robust_heldout", pa.float32()),
+            ("robust_heldout_low", pa.float32()),
+            ("robust_heldout_high", pa.float32()),
+            ("robust_heldout_n", pa.int32()),
+            ("robust_other", pa.float32()),
+            ("robust_other_n", pa.int32()),
+            # JSON object: family -> share of its backgrounds with the class kept
+            ("robust_families", pa.string()),
+            ("dilation_kept", pa.bool_()),
+            ("minimal_at", pa.int32()),
+            ("predicate", pa.string()),
+            ("evaluations", pa.int32()),
+            ("ms", pa.float32()),
+            ("h", pa.int32()),
+            ("w", pa.int32()),
+            ("mask", pa.binary()),
+            ("mask_crc32", pa.int64()),
+        ]
+    ),
+    statuses=("certified", "uncertified", "error"),
+    means=("area", "kept", "robust_train", "robust_heldout", "evaluations"),
+)
+TABLES = {table.format: table for table in (EXPLANATIONS,)}
+COLUMNS = EXPLANATIONS.columns
+
+
+def pack_mask(mask: npt.NDArray[np.bool_]) -> bytes:
+    """Bits of a boolean mask [H, W], row by row, most significant bit first; the last byte is filled with zeros."""
+    if mask.ndim != 2:
+        raise ValueError(f"a mask has shape [H, W], not {list(mask.shape)}")
+    return np.packbits(np.asarray(mask, dtype=bool).reshape(-1)).tobytes()
+
+
+def unpack_mask(packed: bytes, h: int, w: int) -> npt.NDArray[np.bool_]:
+    """The boolean mask [h, w] that :func:`pack_mask` packed."""
+    if len(packed) != (h * w + 7) // 8:
+        raise VerifyError(f"a mask of {len(packed)} bytes cannot be {h} x {w} pixels")
+    return np.unpackbits(np.frombuffer(packed, np.uint8), count=h * w).reshape(h, w).astype(bool)
+
+
+def row_lengths(
+    column: pa.BinaryArray,
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.uint8]]:
+    """Where the values of a binary column begin, how long they are (null: 0), and the bytes they lie in; no copy."""
+    if not len(column):
+        return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.uint8)
+    _, offsets, content = column.buffers()
+    places = np.frombuffer(offsets, np.int32)[column.offset : column.offset + len(column) + 1].astype(
+        np.int64
+    )
+    data = np.zeros(0, np.uint8) if content is None else np.frombuffer(content, np.uint8)
+    return places[:-1], np.diff(places), data
+
+
+def by_column(rows: Sequence[Mapping[str, Any]]) -> Columns:
+    """Rows (dicts, null where absent) as columns of objects.
+
+    ``mask`` may be a bool array [H, W] or packed bytes; h, w and its checksum are filled in where they are absent.
+    """
+    whole = [_whole(row) for row in rows]
+    return {
+        name: objects([row.get(name) for row in whole])
+        for name in dict.fromkeys(n for row in whole for n in row)
+    }
+
+
+def objects(values: Sequence[Any]) -> npt.NDArray[np.object_]:
+    """A one-dimensional array of the values as they are, whatever their own shape."""
+    return np.fromiter(values, dtype=object, count=len(values))
+
+
+def _whole(row: Mapping[str, Any]) -> dict[str, Any]:
+    out = dict(row)
+    mask = out.get("mask")
+    if isinstance(mask, np.ndarray):
+        out["h"], out["w"] = mask.shape
+        out["mask"] = mask = pack_mask(mask)
+    if mask is not None and out.get("mask_crc32") is None:
+        out["mask_crc32"] = zlib.crc32(mask)
+    if isinstance(out.get("robust_families"), Mapping):
+        out["robust_families"] = json.dumps(out["robust_families"])
+    return out
+
+
+def _array(values: Any, kind: pa.DataType) -> pa.Array:
+    if isinstance(values, np.ndarray) and values.dtype != object:
+        return pa.array(values).cast(kind)
+    return pa.array(list(values), kind)
