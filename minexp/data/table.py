@@ -128,6 +128,25 @@ def row_lengths(
     return places[:-1], np.diff(places), data
 
 
+def ones(
+    starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64], content: npt.NDArray[np.uint8]
+) -> npt.NDArray[np.int64]:
+    """How many bits are set in each value that `row_lengths` describes."""
+    counts, some = np.zeros(len(starts), np.int64), lengths > 0
+    if some.any():
+        used = content[starts[0] : starts[-1] + lengths[-1]]
+        counts[some] = np.add.reduceat(popcount(used), starts[some] - starts[0], dtype=np.int64)
+    return counts
+
+
+_POPCOUNT = np.array([bin(byte).count("1") for byte in range(256)], np.uint8)
+
+
+def popcount(values: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """How many bits are set in each byte."""
+    return np.bitwise_count(values) if hasattr(np, "bitwise_count") else _POPCOUNT[values]
+
+
 def by_column(rows: Sequence[Mapping[str, Any]]) -> Columns:
     """Rows (dicts, null where absent) as columns of objects.
 

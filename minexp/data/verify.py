@@ -19,9 +19,8 @@ from tqdm import tqdm
 from ..errors import one_line
 from .catalogue import Manifest, read_manifest, read_shards, shard_files
 from .shard import Shard, file_digest, shard_range
-from .table import Table, row_lengths
+from .table import Table, ones, row_lengths
 
-_POPCOUNT = np.array([bin(byte).count("1") for byte in range(256)], np.uint8)
 _TOLD = 20  # problems of one shard that are told one by one
 
 
@@ -155,8 +154,7 @@ def check_rows(table: Table, rows: pa.Table) -> Iterator[tuple[int, str]]:
     view = content.tobytes()
     sums = np.array([zlib.crc32(view[a : a + n]) for a, n in zip(starts, lengths, strict=True)], np.int64)
     h, w = _numbers(rows["h"], -1), _numbers(rows["w"], -1)
-    ones = np.concatenate([[0], np.cumsum(_POPCOUNT[content], dtype=np.int64)])
-    area = (ones[starts + lengths] - ones[starts]) / np.maximum(1, h * w)
+    area = ones(starts, lengths, content) / np.maximum(1, h * w)
     said = np.asarray(rows["area"].cast(pa.float64()).to_numpy(), np.float64)
 
     absent = np.asarray(masks.is_null())
