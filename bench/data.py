@@ -35,7 +35,7 @@ from minexp.masker import Architecture, Masker
 
 BOUND = 1.10
 ROUNDS = 5
-CASES = ((64, 32), (224, 8))  # side of the model's input, and images of a job
+CASES = ((64, 256), (224, 8))  # side of the model's input, and images of a job
 PHOTOGRAPH = (500, 375)  # width and height of ImageNet's usual image
 
 
@@ -46,7 +46,7 @@ def measure(quiet: bool) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         photographs = Path(folder) / "photographs"
         photographs.mkdir()
-        for index in range(64):
+        for index in range(max(64, *(count for _, count in CASES))):
             (photographs / f"{index:03d}.jpg").write_bytes(_jpeg(index))
         rows = _decoders((photographs / "000.jpg").read_bytes()) + _loader(photographs)
         _say(quiet, "decoders and loader measured")
@@ -86,7 +86,7 @@ def _decoders(content: bytes) -> list[dict[str, Any]]:
 
 def _loader(photographs: Path) -> list[dict[str, Any]]:
     """All decoding threads, from a folder, to model inputs."""
-    source, settings = open_source(photographs), Preprocessing((224, 224), resize=256)
+    source, settings = open_source(photographs, limit=64), Preprocessing((224, 224), resize=256)
     read = _interleaved({"folder": lambda: list(source.range(prepare=settings.pixels, ahead=32))}, inner=1)
     values = [value / len(source) for value in read["folder"]]
     return [_row("loader", "folder", f"{PHOTOGRAPH[1]}x{PHOTOGRAPH[0]} JPEG", WORKERS, values)]

@@ -17,6 +17,7 @@ from typing import Any
 import griffe
 import latex2mathml.converter
 from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = re.compile(r"^::: (minexp[\w.]*)", re.M)
@@ -50,7 +51,17 @@ def on_pre_build(config: Any) -> None:
         raise PluginError("the reference is incomplete:\n  " + "\n  ".join(faults))
 
 
+def on_files(files: Any, config: Any) -> Any:
+    """Pictures of benchmarks are shown from where the benchmarks write them."""
+    for picture in sorted((ROOT / "bench" / "results").glob("*.png")):
+        files.append(File.generated(config, f"bench/results/{picture.name}", abs_src_path=str(picture)))
+    return files
+
+
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+    markdown = markdown.replace(
+        "](../bench/results/", f"]({'../' * page.file.src_uri.count('/')}bench/results/"
+    )
     if page.file.src_uri == "reference/commands.md":
         return markdown + "\n".join(_commands())
     if page.file.src_uri == "errors/index.md":

@@ -34,7 +34,11 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(str(page.relative_to(ROOT)) for page in DOCS.rglob("*.md"))
 FENCE = re.compile(r"^```(\w*)(?: title=\"([^\"]+)\")?\n(.*?)^```$", re.M | re.S)
-NOT_RUN = ("pip ", "make ", "minexp bench", "minexp demo")  # other tests run these, or nobody should here
+# other tests run these, or they take minutes, or a network
+NOT_RUN = (
+    *("pip ", "make ", "minexp bench", "OMP_NUM_THREADS=2 minexp bench", "minexp demo"),
+    *("minexp export --onnx", "minexp explain --preset paper"),
+)
 REMOTE = "s3://bucket/"
 
 
@@ -142,6 +146,10 @@ def test_snippets_run(page: str, workplace: Path) -> None:
     for name in {n for s in snippets(page) for n in ("torchvision", "timm", "transformers") if n in s.text}:
         pytest.importorskip(name)
     space: dict[str, Any] = {"__name__": "snippet"} | (going_on() if page in GOING_ON else {})
+    if page in GOING_ON:
+        run_command(
+            "minexp fit --model torchvision:resnet18 --data photos/ --out masker.safetensors", workplace
+        )
     for snippet in snippets(page):
         where = f"{page}:{snippet.line}"
         if snippet.title is not None:

@@ -305,6 +305,9 @@ def test_a_factory_s_classifier_keeps_its_target_unless_another_is_asked_for(tmp
 def test_exported_explainers_are_for_the_highest_score(tmp_path: Path) -> None:
     from minexp.deploy.export import export
 
+    pytest.importorskip("onnx")
     classifier = Classifier(Spots(), size=SIDE, target="multilabel")
-    with pytest.raises(RequestError, match="not for 'labels kept at 0.5'; export without --target"):
-        export(classifier, Masker(), tmp_path)
+    masker = Masker()
+    masker.reference = torch.zeros(2, 3, SIDE, SIDE, dtype=torch.uint8)
+    with pytest.raises(RequestError, match="not for 'labels kept at 0.5'; load the classifier"):
+        export(classifier, masker, tmp_path, images=torch.zeros(2, SIDE, SIDE, 3, dtype=torch.uint8).numpy())

@@ -95,11 +95,6 @@ def export(
     Raises RequestError when the model cannot be exported or, with the figures, when ONNX Runtime's answers are not
     torch's: no pixel of a mask, no class and no certificate may differ, no probability by more than 1e-4.
     """
-    if type(classifier.target).decide is not Target.decide:
-        raise RequestError(
-            f"an explainer is for the class with the highest score, not for '{classifier.target}'; "
-            "export without --target"
-        )
     out = Path(out)
     draft = Draft.make(classifier, masker, predicate or Predicate(), background, seed)
     pixels = check_images(classifier, masker, images)
