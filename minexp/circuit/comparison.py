@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,14 +23,13 @@ IMAGE, EXPLANATION, MOVED, GRAD_CAM = "image", "explanation", "moved mask", "Gra
 class Line:
     """Circuits read from one kind of input, tested on one: means over images with 95 % intervals.
 
-    enough: share of the nodes at which faithfulness first reaches 0.8. inside, outside, random: fall of m when
-    the circuit at ``size``, all but it, or random circuits like it are ablated. curve: faithfulness at each of the
-    sizes. differences of enough, cpr and cmd to the circuits from the whole image, image by image.
+    enough: share of the nodes at which faithfulness first reaches 0.8. faithfulness, inside, outside, random,
+    elsewhere: of the circuits of ``size``, as in `Test` (random: mean fall of m over the random circuits). curve:
+    faithfulness at each of the sizes. each: enough, cpr and cmd of every image.
     """
 
     source: str
     tested_on: str
-    images: int
     size: float
     enough: Interval
     faithfulness: Interval
@@ -40,11 +38,16 @@ class Line:
     inside: Interval
     outside: Interval
     random: Interval
+    elsewhere: Interval
     sizes: tuple[float, ...]
     curve: tuple[Interval, ...]
-    enough_difference: Interval | None = None
-    cpr_difference: Interval | None = None
-    cmd_difference: Interval | None = None
+    each: tuple[tuple[float, float, float], ...]
+
+    def less(self, other: Line) -> tuple[Interval, Interval, Interval]:
+        """Differences of enough, cpr and cmd to another line's, image by image."""
+        pairs = list(zip(self.each, other.each, strict=True))
+        a, b, c = (interval([mine[i] - its[i] for mine, its in pairs]) for i in range(3))
+        return a, b, c
 
 
 def compare(reader: Reader, x: Tensor, masks: Tensor, *, size: float = 0.1, controls: int = 20) -> list[Line]:
@@ -53,57 +56,51 @@ def compare(reader: Reader, x: Tensor, masks: Tensor, *, size: float = 0.1, cont
     The rivals have each mask's area: the mask itself moved elsewhere (cyclically), and the highest values of Grad-CAM.
     Every circuit is tested on what it was read from and, for the class of the whole image, on that.
     """
-    classifier = reader.classifier
     whole, label = reader.prepare(x)
-    inputs = {
-        IMAGE: whole,
-        EXPLANATION: torch.where(masks[:, None].to(whole.device), whole, reader.blank),
-        MOVED: torch.where(moved(masks)[:, None].to(whole.device), whole, reader.blank),
-    }
-    cam = grad_cam(classifier, whole, label)
-    if cam is not None:
-        inputs[GRAD_CAM] = torch.where(highest(cam, masks.flatten(1).sum(1))[:, None], whole, reader.blank)
-    sizes, by = reader.settings.sizes, reader.settings.by
     on_image = reader.ablation(whole, label)
     lines: list[Line] = []
-    base: dict[str, list[tuple[float, float, float]]] = {}
-    for name, e in inputs.items():
+    for name, e in rivals(reader, whole, label, masks).items():
         own = on_image if name == IMAGE else reader.ablation(e, label)
-        ranking = rank(own, by, sizes=sizes)
-        for place, ablation in (("itself", own), (IMAGE, on_image)):
-            if name == IMAGE and place == IMAGE:
-                continue
-            tests = _tests(ablation, ranking, size, sizes, controls)
-            figures = [(_enough(t), t.cpr or math.nan, t.cmd or math.nan) for t in tests]
-            base.setdefault(IMAGE, figures)
-            lines.append(_line(name, place, size, tests, figures, base[IMAGE] if name != IMAGE else None))
+        ranking = rank(own, reader.settings.by, sizes=reader.settings.sizes)
+        if name != IMAGE:
+            lines.append(line_of(reader, own, ranking, name, "itself", size=size, controls=controls))
+        lines.append(line_of(reader, on_image, ranking, name, IMAGE, size=size, controls=controls))
     return lines
 
 
-def _tests(
-    ablation: Ablation, ranking: Ranking, size: float, sizes: Sequence[float], controls: int
-) -> list[Test]:
-    count = count_of(size, ablation.net.nodes)
-    return examine(ablation, ranking, [count] * len(ranking.key), sizes=sizes, effort=Effort(controls))
+def rivals(reader: Reader, x: Tensor, label: Tensor, masks: Tensor) -> dict[str, Tensor]:
+    """What circuits are read from: the images, what their masks keep, and what other masks of the same area do."""
+    masks = masks.to(x.device)
+    inputs = {
+        IMAGE: x,
+        EXPLANATION: torch.where(masks[:, None], x, reader.blank),
+        MOVED: torch.where(moved(masks)[:, None], x, reader.blank),
+    }
+    cam = grad_cam(reader.classifier, x, label)
+    if cam is not None:
+        inputs[GRAD_CAM] = torch.where(highest(cam, masks.flatten(1).sum(1))[:, None], x, reader.blank)
+    return inputs
 
 
-def _line(
-    name: str,
-    place: str,
-    size: float,
-    tests: Sequence[Test],
-    figures: Sequence[tuple[float, float, float]],
-    base: Sequence[tuple[float, float, float]] | None,
+def line_of(
+    reader: Reader,
+    ablation: Ablation,
+    ranking: Ranking,
+    source: str,
+    tested_on: str,
+    *,
+    size: float = 0.1,
+    controls: int = 20,
 ) -> Line:
-    enough, cpr, cmd = (interval(column) for column in zip(*figures, strict=True))
-    differences: list[Interval | None] = [None, None, None]
-    if base is not None:
-        pairs = list(zip(figures, base, strict=True))
-        differences = [interval([mine[i] - other[i] for mine, other in pairs]) for i in range(3)]
+    """The line of one ranking, tested on the images of ``ablation``."""
+    counts = [count_of(size, ablation.net.nodes)] * len(ranking.key)
+    effort, sizes = Effort(controls), reader.settings.sizes
+    tests = examine(ablation, ranking, counts, sizes=sizes, effort=effort, others=reader.others)
+    each = tuple((_enough(t), _known(t.cpr), _known(t.cmd)) for t in tests)
+    enough, cpr, cmd = (interval(column) for column in zip(*each, strict=True))
     return Line(
-        source=name,
-        tested_on=place,
-        images=len(tests),
+        source=source,
+        tested_on=tested_on,
         size=size,
         enough=enough,
         faithfulness=interval([t.faithfulness for t in tests]),
@@ -112,12 +109,15 @@ def _line(
         inside=interval([t.inside_drop for t in tests]),
         outside=interval([t.outside_drop for t in tests]),
         random=interval([t.random_drop.mean for t in tests if t.random_drop is not None]),
+        elsewhere=interval([_known(t.elsewhere) for t in tests]),
         sizes=tests[0].sizes,
         curve=tuple(interval(column) for column in zip(*(t.curve for t in tests), strict=True)),
-        enough_difference=differences[0],
-        cpr_difference=differences[1],
-        cmd_difference=differences[2],
+        each=each,
     )
+
+
+def _known(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def _enough(test: Test) -> float:

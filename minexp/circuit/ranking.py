@@ -14,7 +14,7 @@ from ..errors import RequestError
 from .ablation import Ablation
 
 By = Literal["pruned", "integrated", "gradient", "energy"]
-ROUNDS = 16  # of pruning, beside one for each size asked for
+ROUNDS = 32  # of pruning, beside one for each size asked for
 STEPS = 16  # of the integral
 
 

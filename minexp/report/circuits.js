@@ -19,6 +19,8 @@
   const number = (value, digits = 3) => (value === null || value === undefined || Number.isNaN(value) ? "–"
     : Math.abs(value) >= 100 ? value.toFixed(0) : Number(value.toPrecision(digits)).toString());
 
+  const escaped = (text) => text.replace(/[&<>"]/g, (c) => "&#" + c.charCodeAt(0) + ";");
+
   for (const circuit of data.circuits) {
     circuit.nodes = circuit.nodes.map(([layer, unit, rank, score, effect, needed], at) => ({ layer, unit, rank, score, effect, needed, at }));
     const largest = Math.max(1e-12, ...circuit.nodes.filter((n) => n.rank >= 0).map((n) => Math.abs(n.score)));
@@ -257,9 +259,10 @@
     for (const size of [0.001, 0.01, 0.1, 1]) svg.push('<text x="' + x(size) + '" y="' + (H - bottom + 14) + '" text-anchor="middle">' + 100 * size + " %</text>");
     svg.push('<text x="' + (left + W - right) / 2 + '" y="' + (H - 2) + '" text-anchor="middle">share of the nodes kept · faithfulness</text>');
     panels.forEach((panel, at) => {
-      const { sizes, curve, randomCurve } = panel.circuit, line = at ? "var(--minus)" : "var(--plus)";
+      const { sizes, curve, randomCurve } = panel.circuit, line = at ? "var(--two)" : "var(--one)";
+      svg.push('<text class="what" style="fill:' + line + '" x="' + (left + 8) + '" y="' + (top + 14 + 14 * at) + '">' + (at ? "\u2013 \u2013 " : "\u2014 ") + escaped(panel.circuit.title) + "</text>");
       if (randomCurve.length) svg.push('<polygon class="band" fill="' + line + '" points="' + [...randomCurve.map((r, i) => x(sizes[i]) + "," + y(r[1])), ...randomCurve.map((r, i) => x(sizes[i]) + "," + y(r[2])).reverse()].join(" ") + '"/>');
-      svg.push('<polyline stroke="' + line + '" points="' + sizes.map((s, i) => [s, curve[i]]).filter((p) => Number.isFinite(p[1])).map(([s, f]) => x(s).toFixed(1) + "," + y(f).toFixed(1)).join(" ") + '"/>');
+      svg.push('<polyline stroke="' + line + '"' + (at ? ' stroke-dasharray="6 4"' : "") + ' points="' + sizes.map((s, i) => [s, curve[i]]).filter((p) => Number.isFinite(p[1])).map(([s, f]) => x(s).toFixed(1) + "," + y(f).toFixed(1)).join(" ") + '"/>');
       const share = Math.max(0.001, panel.count / panel.circuit.universe), f = interpolate(panel.circuit, share);
       svg.push('<line class="now" x1="' + x(share) + '" x2="' + x(share) + '" y1="' + top + '" y2="' + (H - bottom) + '"/>');
       if (Number.isFinite(f)) svg.push('<circle cx="' + x(share) + '" cy="' + y(f) + '" r="4" fill="' + line + '"/>');
@@ -408,7 +411,7 @@
   }
 
   function asSvg() {
-    const plus = colour("--plus"), minus = colour("--minus"), escape = (text) => text.replace(/[&<>"]/g, (c) => "&#" + c.charCodeAt(0) + ";");
+    const plus = colour("--plus"), minus = colour("--minus");
     let x = 0;
     const parts = panels.map((panel) => {
       const out = ['<g transform="translate(' + x + ' 0)">'];
@@ -420,10 +423,10 @@
       }
       for (const at of panel.shown) {
         const node = panel.circuit.nodes[at], spot = panel.at.get(at), fill = node.score < 0 ? minus : plus;
-        out.push('<circle cx="' + spot.x.toFixed(1) + '" cy="' + spot.y.toFixed(1) + '" r="' + radius(node).toFixed(1) + '" ' + (node.rank < 0 ? 'fill="none" stroke="' + fill + '"' : 'fill="' + fill + '"') + "><title>" + escape(name(panel.circuit, node)) + "</title></circle>");
+        out.push('<circle cx="' + spot.x.toFixed(1) + '" cy="' + spot.y.toFixed(1) + '" r="' + radius(node).toFixed(1) + '" ' + (node.rank < 0 ? 'fill="none" stroke="' + fill + '"' : 'fill="' + fill + '"') + "><title>" + escaped(name(panel.circuit, node)) + "</title></circle>");
       }
       out.push('<circle cx="' + panel.score.x + '" cy="' + panel.score.y + '" r="7" fill="' + colour("--ink") + '"/>');
-      labels(panel, (text, tx, ty, _angle, _align, strong) => out.push('<text x="' + tx + '" y="' + ty + '" font-family="sans-serif" font-size="10.5" text-anchor="middle" fill="' + colour(strong ? "--ink" : "--muted") + '">' + escape(text) + "</text>"));
+      labels(panel, (text, tx, ty, _angle, _align, strong) => out.push('<text x="' + tx + '" y="' + ty + '" font-family="sans-serif" font-size="10.5" text-anchor="middle" fill="' + colour(strong ? "--ink" : "--muted") + '">' + escaped(text) + "</text>"));
       return out.join("") + "</g>";
     });
     const height = Math.max(...panels.map((panel) => panel.height));
