@@ -18,9 +18,9 @@ class Bench(Command):
 
     example = "minexp bench explain"
 
-    suite: Positional[Literal["kernels", "explain", "data", "deploy", "mosaic", "peers", "ablation"]]
-    """kernels, explain, data, deploy: times; mosaic: whether the tile that decides is named; peers: against other
-    explainers; ablation: what each term of the objective is worth."""
+    suite: Positional[Literal["kernels", "explain", "data", "deploy", "mosaic", "peers", "ablation", "scale"]]
+    """kernels, explain, data, deploy, scale: times; mosaic: whether the tile that decides is named; peers: against
+    other explainers; ablation: what each term of the objective is worth."""
     images: int | None = None
     """Images to explain (mosaic, peers, ablation)."""
     out: Path | None = None
@@ -29,6 +29,10 @@ class Bench(Command):
     """Scenes to compare explainers on (peers)."""
     peers: str | None = None
     """Explainers to compare with, separated by commas, or none (peers)."""
+    scenes: int | None = None
+    """Scenes of a job from end to end (scale)."""
+    rows: int | None = None
+    """Rows of a synthetic job and store (scale)."""
 
     def run(self) -> int:
         import runpy
@@ -39,6 +43,6 @@ class Bench(Command):
                 "the benchmarks are not installed with the package; run this in a source checkout"
             )
         options = [f"--{name}" for name in ("json", "quiet") if getattr(self, name)]
-        names = ("images", "out", "variant", "peers")
+        names = ("images", "out", "variant", "peers", "scenes", "rows")
         options += [f"--{name}={value}" for name in names if (value := getattr(self, name)) is not None]
         return int(runpy.run_path(str(script))["main"]([self.suite, *options]) or DONE)
