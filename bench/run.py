@@ -31,7 +31,7 @@ COLUMNS = (
     "bandwidth",
 )
 NOT_SUITES = ("run", "test_kernels", "attributions")
-OPTIONS = ("images", "out", "variant", "peers")
+OPTIONS = ("images", "out", "variant", "peers", "seed")
 SUITES = tuple(sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in NOT_SUITES))
 
 
@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", help="folder for tables and plots")
     parser.add_argument("--variant", help="scenes to compare explainers on")
     parser.add_argument("--peers", help="explainers to compare with, separated by commas")
+    parser.add_argument("--seed", type=int, help="seed of the scenes")
     options = parser.parse_args(argv)
     folder = str(Path(__file__).resolve().parent)
     sys.path[:0] = [] if folder in sys.path else [folder]

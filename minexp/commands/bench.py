@@ -29,6 +29,8 @@ class Bench(Command):
     """Scenes to compare explainers on (peers)."""
     peers: str | None = None
     """Explainers to compare with, separated by commas, or none (peers)."""
+    seed: int | None = None
+    """Seed of the scenes (mosaic, peers, ablation)."""
 
     def run(self) -> int:
         import runpy
@@ -39,6 +41,6 @@ class Bench(Command):
                 "the benchmarks are not installed with the package; run this in a source checkout"
             )
         options = [f"--{name}" for name in ("json", "quiet") if getattr(self, name)]
-        names = ("images", "out", "variant", "peers")
+        names = ("images", "out", "variant", "peers", "seed")
         options += [f"--{name}={value}" for name in names if (value := getattr(self, name)) is not None]
         return int(runpy.run_path(str(script))["main"]([self.suite, *options]) or DONE)
