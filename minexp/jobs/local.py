@@ -20,11 +20,12 @@ from ..explanation import explain, make_backgrounds
 from ..masker import Masker
 from ..minimise import Minimisation
 from ..objective import Match
-from ..predicate import Predicate
+from ..predicate import Predicate, Sufficient
 from ..search import Effort
 from ..weights import state_digest
 from .engine import Pixels, Row, run_job
 
+_EXPLAIN = explain
 REFERENCES = 32  # images of the data that backgrounds are made from, where no masker brings its own
 
 
@@ -51,13 +52,14 @@ def explain_dataset(
     An input that cannot be decoded, or whose explanation throws, becomes a row with its error. A job that was
     stopped goes on behind its last stored row; `resume=False` starts over. The batch size changes no answer.
     What was left out of images (colour profiles) is said in a warning.
-    explain: what to call instead of `minexp.explain`, with its signature.
+    explain: what to call instead of `minexp.explain`, with its signature (`minexp.jobs.asked`).
     Returns the summary of all rows in `out` (shares of 1; None where nothing was explained). RequestError when
     `out` holds another job.
     """
     predicate = Predicate() if predicate is None else predicate
     search = {"minimisation": minimisation, "preset": preset, "match": match}
-    run = _describe(classifier, source, masker, predicate, effort, search, background, seed)
+    asked = None if explain is _EXPLAIN else explain
+    run = _describe(classifier, source, masker, predicate, effort, search, background, seed, asked)
     # Made once: every image of the job, and of the job resumed, meets the same draws.
     backgrounds = make_backgrounds(
         classifier,
@@ -97,6 +99,7 @@ def _describe(
     search: dict[str, Any],
     background: str,
     seed: int,
+    asked: Callable[..., Any] | None,
 ) -> dict[str, Any]:
     """What identifies the job, and what a reader of the store wants to know about it."""
     identity = {
@@ -109,13 +112,15 @@ def _describe(
         "background": background,
         "seed": seed,
     }
+    if asked is not None:
+        identity["asked"] = repr(asked)
     if not classifier.execution.plain:
         identity["execution"] = str(classifier.execution)
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     return {
         "fingerprint": digest,
         **identity,
-        "predicate": predicate.claim(str(classifier.target)),
+        "predicate": predicate.claim(getattr(asked, "question", Sufficient()).claim(str(classifier.target))),
         "source_name": source.name,
         "model": type(classifier.model).__name__,
         "preprocessing": classifier.preprocessing.to_json(),
