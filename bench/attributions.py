@@ -283,7 +283,7 @@ class Peer:
     shares: tuple[tuple[int | None, float], ...] = ((None, 1.0),)
 
 
-SLOW, HEAVY = ((None, 0.4),), ((256, 0.05), (None, 0.02))
+SLOW, HEAVY = ((None, 0.4),), ((256, 0.04), (None, 0.012))
 PEERS = (
     Peer("gradcam", "captum", grad_cam),
     Peer("integrated gradients", "captum", integrated_gradients),

@@ -285,7 +285,8 @@ def measure(
 
 
 def table(results: Sequence[Measured]) -> list[dict[str, Any]]:
-    """A line an explainer; `paired` is against minexp's `minimal`, where that was run."""
+    """A line an explainer, minexp's first; `paired` is against its `minimal`, where that was run."""
+    results = sorted(results, key=lambda found: not found.name.startswith("minexp"))
     minimal = next((found for found in results if found.name == "minexp minimal"), None)
     return [row(found, minimal) for found in results]
 
