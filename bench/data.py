@@ -47,7 +47,7 @@ def measure(quiet: bool) -> list[dict[str, Any]]:
         photographs = Path(folder) / "photographs"
         photographs.mkdir()
         for index in range(max(64, *(count for _, count in CASES))):
-            (photographs / f"{index:03d}.jpg").write_bytes(_jpeg(index))
+            (photographs / f"{index:03d}.jpg").write_bytes(jpeg(index))
         rows = _decoders((photographs / "000.jpg").read_bytes()) + _loader(photographs)
         _say(quiet, "decoders and loader measured")
         for size, count in CASES:
@@ -56,7 +56,7 @@ def measure(quiet: bool) -> list[dict[str, Any]]:
     return rows
 
 
-def _jpeg(seed: int) -> bytes:
+def jpeg(seed: int) -> bytes:
     """A photograph's worth of detail: smooth regions, edges, a little grain; quality 90."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)

@@ -31,7 +31,7 @@ COLUMNS = (
     "bandwidth",
 )
 NOT_SUITES = ("run", "test_kernels", "attributions")
-OPTIONS = ("images", "out", "variant", "peers", "model", "data", "weights")
+OPTIONS = ("images", "out", "variant", "peers", "model", "data", "weights", "scenes", "rows")
 SUITES = tuple(sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in NOT_SUITES))
 
 
@@ -44,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--images", type=int, help="images to explain")
     parser.add_argument("--out", help="folder for tables and plots")
     parser.add_argument("--variant", help="scenes to compare explainers on")
+    parser.add_argument("--scenes", type=int, help="scenes of a job from end to end")
+    parser.add_argument("--rows", type=int, help="rows of a synthetic store")
     parser.add_argument("--peers", help="explainers to compare with, separated by commas")
     for name, what in (
         ("model", "model to read circuits of"),

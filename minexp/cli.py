@@ -21,6 +21,7 @@ _EXTRAS = {
     **dict.fromkeys(("torch", "safetensors"), "torch"),
     **dict.fromkeys(("onnx", "onnxscript", "spox"), "export"),
     "onnxruntime": "onnx",
+    "ray": "ray",
 }
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 from small_net import SIZE
 
 from minexp import cli
-from minexp.data.store import MANIFEST, read_store, verify_store
+from minexp.data.store import MANIFEST, read_shards, read_store, verify_store
 
 HERE = Path(__file__).parent
 MODEL = f"{HERE / 'small_net.py'}:classifier"
@@ -218,8 +218,7 @@ def test_wrong_requests_are_one_line_with_the_way_out(
 
 
 def rows_listed(out: Path) -> int:
-    path = out / MANIFEST
-    return json.loads(path.read_text())["rows"] if path.exists() else 0
+    return sum(shard.rows for shard in read_shards(out)) if (out / MANIFEST).exists() else 0
 
 
 @pytest.mark.parametrize(("number", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGKILL", -9)])
@@ -251,7 +250,7 @@ def test_a_stopped_job_goes_on_where_it_was(masker: Path, tmp_path: Path, number
         assert stderr == "minexp: interrupted; the same command again goes on from here\n"
     assert verify_store(out) == []
     stored = read_store(out, ["id", "mask_crc32"])
-    assert 256 <= stored.num_rows < count
+    assert 0 < stored.num_rows < count
     done = minexp(*arguments, "--json")
     assert done.returncode in (0, 3), done.stderr
     summary = json.loads(done.stdout)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from minexp import cli
 from minexp.commands import bench
@@ -77,3 +78,31 @@ def test_the_data_suite_measures_decoders_loader_and_jobs(
     job = by_mode["explain scenes at 32²", "job"]
     assert (job["bound"], job["shape"]) == (1.1, "2x3x32x32") and job["ratio"] > 0.3
     assert all(row["p50"] > 0 for row in rows)
+
+
+def test_the_scale_suite_measures_stages_jobs_a_store_and_projects(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    pytest.importorskip("sklearn")
+    monkeypatch.syspath_prepend(str(BENCH))
+    import scale
+
+    for name, value in {"ROUNDS": 1, "MEASURED": 4, "RAY": False, "ZOO": False}.items():
+        monkeypatch.setattr(scale, name, value)
+    threads = torch.get_num_threads()
+    options = ["--scenes", "8", "--rows", "600", "--out", str(tmp_path), "--json", "--quiet"]
+    assert cli.main(["bench", "scale", *options]) == 0
+    assert torch.get_num_threads() == threads
+    rows = json.loads(capsys.readouterr().out)
+    stages = {row["mode"]: row["rate"] for row in rows if row["op"] == "stage of scenes at 64²"}
+    assert list(stages) == ["decode", "classifier", "masker", "certify", "write"]
+    assert [row["mode"] for row in rows if row["op"].startswith("job")] == [
+        "compute",
+        "1 worker",
+        "2 workers",
+    ]
+    assert {row["bound"] for row in rows if row["op"] == "report"} == {60.0, 2000.0, 15.0}
+    million = next(row for row in rows if row["mode"] == "1,000,000 images")
+    assert million["seconds"] == pytest.approx(1e6 * sum(1 / rate for rate in stages.values()) / scale.CORES)
+    assert {path.name for path in tmp_path.iterdir()} <= {"scale-cpu.csv", "scale-cpu.png", "scale-cuda.csv"}
+    assert len((tmp_path / "scale-cpu.csv").read_text().splitlines()) == len(rows) + 1

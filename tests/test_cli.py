@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from minexp import cli
-from minexp.commands.verify import verdict
+from minexp.data.shard import shard_name
 from minexp.data.store import StoreWriter
 
 PYTHON = [sys.executable, "-m", "minexp.cli"]
@@ -124,10 +124,11 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
 def test_verify(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = call("verify", store, "--json", capsys=capsys)
     assert code == 0
-    assert json.loads(out) == {"rows": 10, "ok": 10, "bad": 0, "duplicates": 0, "problems": []}
-    shard = store / "shard-00001.parquet"
+    whole = {"rows": 10, "ok": 10, "bad": 0, "duplicates": 0, "missing": 0, "problems": []}
+    assert json.loads(out) == whole
+    shard = store / shard_name(4, 8)
     content = bytearray(shard.read_bytes())
-    content[len(content) // 2] ^= 4
+    content[60] ^= 4  # in the pages of the first column
     shard.write_bytes(content)
     code, out, _ = call("verify", store, "--json", capsys=capsys)
     summary = json.loads(out)
@@ -135,20 +136,8 @@ def test_verify(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (summary["rows"], summary["ok"], summary["bad"]) == (10, 6, 4)
     assert summary["problems"]
     code, out, _ = call("verify", store, capsys=capsys)
-    assert code == 4 and "shard-00001.parquet" in out and out.endswith("6 of 10 rows verify\n")
+    assert code == 4 and f"{shard.name}: row group 0: " in out and out.endswith("6 of 10 rows verify\n")
     assert call("verify", store, "--quiet", capsys=capsys)[:2] == (4, "")
-
-
-def test_verify_counts_single_rows_and_duplicates() -> None:
-    shards = [{"name": "shard-00000.parquet", "rows": 4}, {"name": "shard-00001.parquet", "rows": 2}]
-    problems = [
-        "shard-00000.parquet: id 'a b': no mask",
-        "shard-00000.parquet: id 'a b': odd",
-        "id 'c': stored 2 times",
-    ]
-    assert verdict(problems, shards) == {"rows": 6, "ok": 4, "bad": 1, "duplicates": 1}
-    problems += ["shard-00001.parquet: missing", "shard-00001.parquet: id 'd': no mask"]
-    assert verdict(problems, shards) == {"rows": 6, "ok": 2, "bad": 3, "duplicates": 1}
 
 
 def test_a_place_that_cannot_be_written_is_a_wrong_request(

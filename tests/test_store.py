@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from minexp.data.shard import shard_name
 from minexp.data.store import (
     COLUMNS,
     StoreWriter,
@@ -182,8 +183,8 @@ def test_a_kill_in_the_middle_leaves_only_whole_shards(tmp_path):
     dead = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, check=False)
     assert dead.returncode == -signal.SIGKILL, dead.stderr
     assert sorted(path.name for path in tmp_path.glob("shard-*")) == [
-        "shard-00000.parquet",
-        "shard-00001.parquet",
+        shard_name(0, 4),
+        shard_name(4, 8),
     ]
     assert read_store(tmp_path).num_rows == 8 and verify_store(tmp_path) == []
     with StoreWriter(tmp_path, run=RUN, rows_per_shard=4) as writer:
@@ -195,19 +196,21 @@ def test_a_kill_in_the_middle_leaves_only_whole_shards(tmp_path):
 
 def test_a_shard_renamed_just_before_a_crash_is_taken_in(tmp_path):
     fill(tmp_path, 8)
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
-    manifest["shards"].pop()
-    manifest["rows"] = 4
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    assert any("not listed" in problem for problem in verify_store(tmp_path))
-    with StoreWriter(tmp_path, run=RUN) as writer:
-        assert writer.rows_done == 8
-    assert verify_store(tmp_path) == []
+    journal = tmp_path / "shards.jsonl"
+    first, second = journal.read_text().splitlines(keepends=True)
+    for left in (first, first + second[:40]):  # never listed, or while it was being listed
+        journal.write_text(left)
+        assert any("not listed" in problem for problem in verify_store(tmp_path))
+        assert read_store(tmp_path).num_rows == 4
+        with StoreWriter(tmp_path, run=RUN) as writer:
+            assert writer.rows_done == 8
+        assert verify_store(tmp_path) == []
+        assert journal.read_text() == first + second
 
 
 def test_any_flipped_bit_is_found(tmp_path):
     fill(tmp_path, 12, rows_per_shard=12)
-    shard = tmp_path / "shard-00000.parquet"
+    shard = tmp_path / shard_name(0, 12)
     whole = shard.read_bytes()
     for position in np.random.default_rng(0).integers(0, len(whole) * 8, 40):
         broken = bytearray(whole)
@@ -221,7 +224,7 @@ def test_any_flipped_bit_is_found(tmp_path):
 def test_flips_that_change_values_silently_stop_ordinary_reading(tmp_path):
     """Parquet alone reads many a flipped bit as another value; page checksums turn each into an error."""
     fill(tmp_path, 12, rows_per_shard=12)
-    shard = tmp_path / "shard-00000.parquet"
+    shard = tmp_path / shard_name(0, 12)
     whole = shard.read_bytes()
     truth = pq.read_table(shard)
     pages_end = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")  # what follows is the footer
@@ -236,7 +239,7 @@ def test_flips_that_change_values_silently_stop_ordinary_reading(tmp_path):
             continue
         if changed:
             silent += 1
-            with pytest.raises(VerifyError, match="shard-00000"):
+            with pytest.raises(VerifyError, match=shard_name(0, 12)):
                 read_store(tmp_path)
     assert silent >= 3
 
@@ -252,9 +255,9 @@ def test_missing_shards_wrong_masks_and_doubled_rows_are_found(tmp_path):
     assert any("'image-0': stored 2 times" in problem for problem in problems)
     assert any("'image-1': the mask covers" in problem for problem in problems)
     assert any("'image-2': the mask does not match" in problem for problem in problems)
-    (tmp_path / "shard-00001.parquet").unlink()
-    assert "shard-00001.parquet: missing" in verify_store(tmp_path)
-    with pytest.raises(VerifyError, match=r"shard-00001\.parquet is missing"):
+    (tmp_path / shard_name(0, 4)).unlink()
+    assert f"{shard_name(0, 4)}: missing" in verify_store(tmp_path)
+    with pytest.warns(match="is missing"), pytest.raises(VerifyError, match="lacks the rows from 0 on"):
         StoreWriter(tmp_path, run=RUN)
 
 

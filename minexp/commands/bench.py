@@ -19,9 +19,9 @@ class Bench(Command):
     example = "minexp bench explain"
 
     suite: Positional[
-        Literal["kernels", "explain", "data", "deploy", "mosaic", "peers", "ablation", "circuit"]
+        Literal["kernels", "explain", "data", "deploy", "mosaic", "peers", "ablation", "circuit", "scale"]
     ]
-    """kernels, explain, data, deploy: times; mosaic: whether the tile that decides is named; peers: against other
+    """kernels, explain, data, deploy, scale: times; mosaic: whether the tile that decides is named; peers: against other
     explainers; ablation: what each term of the objective is worth; circuit: circuits of images and explanations."""
     images: int | None = None
     """Images to explain (mosaic, peers, ablation, circuit)."""
@@ -38,6 +38,10 @@ class Bench(Command):
     """Images for that model (circuit)."""
     weights: Path | None = None
     """Weights of that model (circuit)."""
+    scenes: int | None = None
+    """Scenes of a job from end to end (scale)."""
+    rows: int | None = None
+    """Rows of a synthetic job and store (scale)."""
 
     def run(self) -> int:
         import runpy
@@ -48,6 +52,6 @@ class Bench(Command):
                 "the benchmarks are not installed with the package; run this in a source checkout"
             )
         options = [f"--{name}" for name in ("json", "quiet") if getattr(self, name)]
-        names = ("images", "out", "variant", "peers", "model", "data", "weights")
+        names = ("images", "out", "variant", "peers", "model", "data", "weights", "scenes", "rows")
         options += [f"--{name}={value}" for name in names if (value := getattr(self, name)) is not None]
         return int(runpy.run_path(str(script))["main"]([self.suite, *options]) or DONE)

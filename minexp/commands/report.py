@@ -22,11 +22,14 @@ class Report(Command):
     """The page, in place of report.html in the directory."""
     gallery: int = 48
     """Images in each view of the gallery."""
+    query: str | None = None
+    """A condition in SQL over the store's columns, such as "label_name = 'cat' and area > 0.3": its rows get a view of
+    their own (pip install 'minexp[report]')."""
 
     def run(self) -> int:
         from ..report import write_report
 
         at_least_one("--gallery", self.gallery)
-        page = write_report(self.directory, out=self.out, gallery=self.gallery)
+        page = write_report(self.directory, out=self.out, gallery=self.gallery, query=self.query)
         self.show({"report": str(page)}, str(page))
         return DONE

@@ -1,5 +1,6 @@
 """Many images in one file: NumPy arrays, IDX, WebDataset tars, Parquet."""
 
+import copy
 import gzip
 import io
 import json
@@ -9,7 +10,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain
 from typing import IO, Any, cast
 
@@ -62,6 +63,12 @@ def open_container(place: Place) -> ImageSource:
         ) from error
 
 
+@lru_cache(maxsize=2)
+def _reopened(place: Place, version: str) -> ImageSource:
+    """The file in a process that was sent its source, opened once."""
+    return open_container(place)
+
+
 class ArraySource(ImageSource):
     """Images of an array [N, H, W], [N, H, W, 1] or [N, H, W, 3] of uint8, ids being positions."""
 
@@ -97,6 +104,9 @@ class ArraySource(ImageSource):
         for index in range(start, stop):
             label = None if self._labels is None else int(self._labels[index])
             yield Entry(f"{self.name}#{index}", f"{self.place}#{index}", label, partial(self._load, index))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopened, (self.place, self.place.version())  # the array itself may be large
 
     def _load(self, index: int) -> Decoded:
         image = np.array(self._images[index], dtype=np.uint8)
@@ -204,6 +214,12 @@ class TarSource(ImageSource):
 
     def _total(self) -> int:
         return len(self._names)
+
+    def part(self, start: int, stop: int) -> ImageSource:
+        part = copy.copy(self)
+        part.limit, run = None, slice(start, stop)
+        part._names, part._places, part._labels = self._names[run], self._places[run], self._labels[run]
+        return part
 
     def _entries(self, start: int, stop: int) -> Iterator[Entry]:
         for index in range(start, stop):

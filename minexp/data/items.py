@@ -98,7 +98,12 @@ class ImageSource(ABC):
         """The ``rank``-th (from 0) of ``count`` parts of nearly equal length, which in their order are the whole."""
         if not 0 <= rank < count:
             raise RequestError(f"shard {rank} of {count}: give a rank from 0 to {count - 1}")
-        return _Shard(self, rank, count)
+        start, stop = (place * len(self) // count for place in (rank, rank + 1))
+        return _Part(self, start, stop, f"{rank}/{count}")
+
+    def part(self, start: int, stop: int) -> "ImageSource":
+        """The items of the positions start <= position < stop as a source of its own, which pickles small."""
+        return _Part(self, start, stop, f"{start}-{stop}")
 
     def fingerprint(self) -> str:
         """Hex digest of the listing and the limit; decodes nothing, and the data may move elsewhere."""
@@ -108,13 +113,12 @@ class ImageSource(ABC):
         return digest.hexdigest()
 
 
-class _Shard(ImageSource):
-    """A run of consecutive items of another source."""
+class _Part(ImageSource):
+    """A run of another source, which itself is small or is opened again where this is unpickled."""
 
-    def __init__(self, whole: ImageSource, rank: int, count: int) -> None:
-        self.name, self.class_names = f"{whole.name} ({rank + 1} of {count})", whole.class_names
-        self._whole, self._part = whole, f"{rank}/{count}"
-        self._start, self._stop = (place * len(whole) // count for place in (rank, rank + 1))
+    def __init__(self, whole: ImageSource, start: int, stop: int, which: str) -> None:
+        self.name, self.class_names = whole.name, whole.class_names
+        self._whole, self._start, self._stop, self._which = whole, start, min(stop, len(whole)), which
 
     def _total(self) -> int:
         return self._stop - self._start
@@ -123,7 +127,7 @@ class _Shard(ImageSource):
         return self._whole._entries(self._start + start, self._start + stop)
 
     def _identity(self) -> Iterable[str]:
-        return (self._whole.fingerprint(), self._part)
+        return (self._whole.fingerprint(), self._which)
 
 
 def _decode_ahead(entries: Iterator[Entry], prepare: Prepare | None, most: int) -> Iterator[Item]:

@@ -89,6 +89,11 @@ class FileSource(ImageSource):
         self.name, self.class_names = name, class_names
         self._uris, self._ids, self._labels = uris, unique(ids), labels
 
+    def part(self, start: int, stop: int) -> ImageSource:
+        labels = self._labels[start:stop] if self._labels else None
+        # ids are unique already, and a part of them stays so
+        return FileSource(self.name, self._uris[start:stop], self._ids[start:stop], labels, self.class_names)
+
     def _total(self) -> int:
         return len(self._uris)
 
@@ -120,9 +125,18 @@ class ChainSource(ImageSource):
         return self._starts[-1]
 
     def _entries(self, start: int, stop: int) -> Iterator[Entry]:
+        for part, first, last in self._meeting(start, stop):
+            yield from part._entries(first, last)
+
+    def part(self, start: int, stop: int) -> ImageSource:
+        parts = [part.part(first, last) for part, first, last in self._meeting(start, stop)]
+        return parts[0] if len(parts) == 1 else ChainSource(self.name, parts)
+
+    def _meeting(self, start: int, stop: int) -> Iterator[tuple[ImageSource, int, int]]:
+        """The containers that hold positions start <= position < stop, and which of their own these are."""
         for part, first, last in zip(self._parts, self._starts, self._starts[1:], strict=False):
             if max(start, first) < min(stop, last):
-                yield from part._entries(max(start, first) - first, min(stop, last) - first)
+                yield part, max(start, first) - first, min(stop, last) - first
 
     def _identity(self) -> Iterable[str]:
         return (line for part in self._parts for line in part._identity())

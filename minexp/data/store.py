@@ -1,15 +1,17 @@
-"""Results on disk: one row an image, in Parquet shards that any reader opens as they are.
+"""Explanations on disk: one row an image, in Parquet shards that any reader opens as they are.
 
-A shard appears under its name only when it is whole, every page carries a checksum, and the manifest carries each
-shard's digest. The job's fingerprint keeps the rows of different jobs apart.
+A store is a directory: `manifest.json` says which job it belongs to and how its positions are divided, and never
+changes; each process of the job appends to a journal of its own the shards it has written, with digest and tally; a
+shard's name is the run of positions it holds, and appears only when the file is whole. A job's fingerprint keeps the
+rows of different jobs apart. What is missing is what no shard covers.
 """
 
-import hashlib
-import json
+from __future__ import annotations
+
+import contextlib
 import os
-import weakref
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,34 +20,52 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import RequestError, VerifyError
-from .files import replacing, write_text
-from .tables import EXPLANATIONS, STATUSES, TABLES, Table, pack_mask, unpack_mask
+from .catalogue import (
+    MANIFEST,
+    Manifest,
+    clear,
+    journal,
+    journals,
+    read_manifest,
+    read_run,
+    read_shards,
+    shard_files,
+    sweep,
+)
+from .files import replacing
+from .lock import LOCK, Part, hold
+from .shard import Shard, Tally, describe, open_shard, shard_range, write_shard
+from .table import Columns, Table, by_column, pack_mask, unpack_mask
+from .tables import COLUMNS, EXPLANATIONS
+from .verify import verify_store
 
 __all__ = [
     "COLUMNS",
+    "EXPLANATIONS",
     "MANIFEST",
-    "SCHEMA",
-    "STATUSES",
+    "Columns",
+    "Manifest",
+    "Store",
     "StoreWriter",
+    "iter_store",
     "pack_mask",
+    "read_manifest",
     "read_rows",
     "read_run",
+    "read_shards",
     "read_store",
     "unpack_mask",
     "verify_store",
 ]
-
-SCHEMA, COLUMNS = EXPLANATIONS.schema, EXPLANATIONS.columns
-MANIFEST = "manifest.json"
-_ROW_GROUP = 256  # rows: small enough to fetch one picture's mask cheaply, large enough to compress
+_FEWEST, _MOST = 256, 8192  # rows a shard: few are lost with a process, many are opened quickly
 
 
-class StoreWriter:
-    """Append rows to a directory of shards, or go on where an earlier run of the same job stopped.
+class Store:
+    """A store as one process of its job writes it.
 
-    run: JSON-able facts about the job; ``run["fingerprint"]`` identifies model, masker, data and settings.
-    table: what kind of rows. resume: with False, an existing store in ``directory`` is replaced.
-    Raises RequestError when the directory holds another job or another process is writing to it.
+    run: JSON-able facts about the job; ``run["fingerprint"]`` identifies model, masker, data and settings. rows: how
+    many there will be. part: (i, n) of a job that n processes divide among themselves. resume: with False, what is in
+    ``directory`` is replaced. Raises RequestError when the directory holds another job or another process writes to it.
     """
 
     def __init__(
@@ -53,85 +73,229 @@ class StoreWriter:
         directory: str | Path,
         *,
         run: Mapping[str, Any],
+        rows: int | None,
         table: Table = EXPLANATIONS,
-        rows_per_shard: int = 1024,
+        shard_rows: int | None = None,
+        part: Part = (0, 1),
         resume: bool = True,
     ) -> None:
-        if rows_per_shard < 1:
-            raise RequestError(f"rows_per_shard is {rows_per_shard}: give at least 1")
         if not run.get("fingerprint"):
             raise ValueError("run needs a fingerprint")
-        self.directory = Path(directory)
-        self.rows_per_shard = rows_per_shard
-        self._run, self._table = dict(run), table
-        about = {"minexp.format": table.format, "minexp.run": json.dumps(self._run)}
-        self._schema = table.schema.with_metadata(about)
-        self._buffer: list[dict[str, Any]] = []
-        self._shards: list[dict[str, Any]] = []
-        self._closed = False
+        self.directory, self.table, self.part = Path(directory), table, part
         if self.directory.exists() and not self.directory.is_dir():
             raise RequestError(f"{self.directory} is a file: give another --out, a directory")
+        if part[1] > 1 and not resume:
+            raise RequestError(
+                f"--no-resume would take the other parts' rows too: remove {self.directory}, or leave out --shard"
+            )
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._release = _lock(self, self.directory)
+        self._release = hold(self, self.directory, part)
+        self._closed = False
         try:
-            self._open(resume)
+            new = Manifest(table.format, dict(run), rows, shard_rows or _size(rows))
+            self.manifest = self._manifest(new, resume)
+            sweep(self.directory, self._mine)
+            self._shards = self._adopted()
+            self.resumed = self.rows_done
+            self._journal = journal(self.directory, part)
+            self._rewrite_journal()
         except BaseException:
             self._release()
             raise
 
-    def _open(self, resume: bool) -> None:
-        manifest = self.directory / MANIFEST
-        for stray in self.directory.glob(".shard-*.partial.parquet"):
-            stray.unlink()  # a shard that a killed run never finished
+    def _manifest(self, new: Manifest, resume: bool) -> Manifest:
+        """The manifest of the job as it was begun, or of this one where there is none."""
         if not resume:
-            manifest.unlink(missing_ok=True)
-            for path in _shard_paths(self.directory):
-                path.unlink()
-        if manifest.exists():
-            there = _read_manifest(self.directory, self._table)
-            if there["run"].get("fingerprint") != self._run["fingerprint"]:
+            clear(self.directory)
+        if (self.directory / MANIFEST).exists():
+            there = read_manifest(self.directory)
+            if there.run["fingerprint"] == new.run["fingerprint"] and there.format == new.format:
+                return there
+            if read_shards(self.directory) or shard_files(self.directory):
                 raise RequestError(
-                    f"{self.directory} holds the {self._table.content} of another job (another model, masker, data or"
+                    f"{self.directory} holds the {self.table.content} of another job (another model, masker, data or"
                     " settings): give another --out, or --no-resume to replace them"
                 )
-            self._shards = self._adopt(there["shards"])
-        elif _shard_paths(self.directory):
+            clear(self.directory)  # begun and never got to a row
+        elif shard_files(self.directory):
             raise RequestError(
                 f"{self.directory} holds shards without {MANIFEST}: give another --out, or --no-resume to replace them"
             )
-        self._write_manifest()
+        new.write(self.directory)
+        return new
 
-    def _adopt(self, listed: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The shards on disk: those the manifest lists, and one renamed just before a crash kept it off the list."""
-        known = {shard["name"]: shard for shard in listed}
-        shards = []
-        for index, path in enumerate(_shard_paths(self.directory)):
-            if path.name != _shard_name(index):
-                raise VerifyError(
-                    f"{self.directory / _shard_name(index)} is missing: start over with --no-resume"
-                )
-            shards.append(known.pop(path.name) if path.name in known else _describe(path))
-        if known:
-            raise VerifyError(f"{self.directory / next(iter(known))} is missing: start over with --no-resume")
-        return shards
+    def _adopted(self) -> dict[str, Shard]:
+        """This part's shards by name: those a journal lists, and those renamed just before a crash kept them off it.
+
+        A shard whose rows are all in others (written by a process that outlived its job) is removed.
+        """
+        listed = {shard.name: shard for shard in read_shards(self.directory) if self._mine(shard.start)}
+        found = {name for name in shard_files(self.directory) if self._mine(shard_range(name)[0])}
+        for name in sorted(listed.keys() - found):
+            warnings.warn(f"{self.directory / name} is missing: its rows are explained again", stacklevel=4)
+        kept, end = {}, 0
+        for name in sorted(found, key=lambda name: (shard_range(name)[0], -shard_range(name)[1])):
+            stop = shard_range(name)[1]
+            if stop <= end:
+                (self.directory / name).unlink()
+                continue
+            kept[name] = listed.get(name) or describe(self.directory / name, self.table)
+            end = max(end, stop)
+        return kept
+
+    def _mine(self, position: int) -> bool:
+        return position // self.manifest.shard_rows % self.part[1] == self.part[0]
 
     @property
     def rows_done(self) -> int:
-        """Rows safely on disk; sources are ordered, so the job goes on at this position."""
-        return sum(shard["rows"] for shard in self._shards)
+        """Rows of this part that are safely on disk."""
+        return sum(shard.rows for shard in self._shards.values())
+
+    @property
+    def rows(self) -> int:
+        """Rows that this part is to have."""
+        return sum(stop - start for start, stop in self._cells())
+
+    @property
+    def shards(self) -> list[Shard]:
+        """What is on disk of this part, in the source's order."""
+        return sorted(self._shards.values(), key=lambda shard: shard.start)
+
+    @property
+    def tally(self) -> Tally:
+        """Of the rows that are on disk."""
+        return sum((shard.tally for shard in self.shards), Tally())
+
+    def _cells(self) -> Iterator[tuple[int, int]]:
+        size, rows = self.manifest.shard_rows, self.manifest.rows or 0
+        for start in range(self.part[0] * size, rows, self.part[1] * size):
+            yield start, min(start + size, rows)
+
+    def missing(self) -> list[tuple[int, int]]:
+        """The runs of positions (start, stop) of this part that no shard covers; none is longer than a shard."""
+        shards = [(shard.start, shard.stop) for shard in self.shards]
+        gaps, place = [], 0
+        for start, stop in self._cells():
+            while place < len(shards) and shards[place][1] <= start:
+                place += 1
+            last = place
+            while last < len(shards) and shards[last][0] < stop:
+                last += 1
+            gaps += uncovered(start, stop, shards[place:last])
+        return gaps
+
+    def gaps(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """The runs of positions between two that no shard covers."""
+        here = [
+            (shard.start, shard.stop) for shard in self.shards if shard.start < stop and shard.stop > start
+        ]
+        return uncovered(start, stop, here)
+
+    def record(self, shard: Shard) -> None:
+        """Enter a shard that `write_shard` has put into the directory."""
+        self._shards[shard.name] = shard
+        with open(self._journal, "a", encoding="utf-8") as file:
+            file.write(shard.to_json() + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def orphans(self, start: int, stop: int) -> Iterator[Shard]:
+        """Shards between two positions that a process wrote and died before it could say so; not yet recorded."""
+        for name in sorted(shard_files(self.directory) - self._shards.keys()):
+            first, last = shard_range(name)
+            if start <= first and last <= stop:
+                yield describe(self.directory / name, self.table)
+
+    def close(self) -> None:
+        """Let others write. What never got to a row leaves nothing behind, so that a corrected request finds no job."""
+        if self._closed:
+            return
+        self._closed = True
+        if self.part[1] == 1 and self.manifest.rows and not self._shards:
+            clear(self.directory)
+            (self.directory / LOCK).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self.directory.rmdir()
+        self._release()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _rewrite_journal(self) -> None:
+        """The journal as this process knows it: without a last line that a crash cut, and with what it took in."""
+        with replacing(self._journal) as temporary:
+            temporary.write_text("".join(f"{shard.to_json()}\n" for shard in self.shards), encoding="utf-8")
+        if self.part[1] == 1:
+            for other in journals(self.directory):
+                if other != self._journal:
+                    other.unlink()  # of parts, whose shards are all in this one
+
+
+def uncovered(start: int, stop: int, covered: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """What is left of start <= position < stop without the sorted runs ``covered``."""
+    gaps = []
+    for first, last in covered:
+        if first > start:
+            gaps.append((start, first))
+        start = max(start, last)
+    return gaps + ([(start, stop)] if start < stop else [])
+
+
+class StoreWriter:
+    """Append rows to a store whose length is not known beforehand, in one process.
+
+    Goes on behind the rows of an earlier run of the same job; ``resume=False`` replaces them. Raises RequestError when
+    the directory holds another job or another process is writing to it.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        run: Mapping[str, Any],
+        rows_per_shard: int = 1024,
+        resume: bool = True,
+        table: Table = EXPLANATIONS,
+    ) -> None:
+        if rows_per_shard < 1:
+            raise RequestError(f"rows_per_shard is {rows_per_shard}: give at least 1")
+        self._store = Store(
+            directory, run=run, rows=None, table=table, shard_rows=rows_per_shard, resume=resume
+        )
+        self.directory, self.rows_per_shard = self._store.directory, rows_per_shard
+        if gaps := self._store.gaps(0, max((shard.stop for shard in self._store.shards), default=0)):
+            self._store.close()
+            raise VerifyError(
+                f"{self.directory} lacks the rows from {gaps[0][0]} on: start over with resume=False"
+            )
+        self._buffer: list[Mapping[str, Any]] = []
+        self._closed = False
+
+    @property
+    def rows_done(self) -> int:
+        """Rows safely on disk; the next one written gets this position."""
+        return self._store.rows_done
 
     def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Add rows: dicts over the table's columns, null where absent."""
+        """Add rows: dicts over the table's columns, null where absent, as `table.by_column` takes them."""
         if self._closed:
             raise ValueError("the store is closed")
-        self._buffer.extend(map(self._normalised, rows))
+        if rows:
+            self._store.table.to_arrow(by_column(rows))  # refused here rather than when the shard is full
+        self._buffer.extend(rows)
         while len(self._buffer) >= self.rows_per_shard:
             self._flush(self.rows_per_shard)
 
-    def _normalised(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        if unknown := sorted(set(row) - set(self._table.columns)):
-            raise ValueError(f"the store has no column {unknown[0]!r}")
-        return self._table.normalise(row)
+    def _flush(self, count: int) -> None:
+        batch = by_column(self._buffer[:count])
+        store = self._store
+        store.record(write_shard(self.directory, store.table, store.manifest.run, self.rows_done, [batch]))
+        del self._buffer[:count]
 
     def close(self) -> None:
         """Put the remaining rows on disk, in a last and smaller shard."""
@@ -142,9 +306,9 @@ class StoreWriter:
                 self._flush(len(self._buffer))
         finally:
             self._closed = True
-            self._release()
+            self._store.close()
 
-    def __enter__(self) -> "StoreWriter":
+    def __enter__(self) -> StoreWriter:
         return self
 
     def __exit__(
@@ -153,58 +317,48 @@ class StoreWriter:
         # Also after an interruption: every buffered row is complete, and keeping it saves its work.
         self.close()
 
-    def _flush(self, count: int) -> None:
-        table = pa.Table.from_pylist(self._buffer[:count], schema=self._schema)
-        path = self.directory / _shard_name(len(self._shards))
-        with replacing(path) as temporary:
-            pq.write_table(
-                table, temporary, compression="zstd", row_group_size=_ROW_GROUP, write_page_checksum=True
-            )
-            shard = {**_describe(temporary), "name": path.name}
-        del self._buffer[:count]
-        self._shards.append(shard)
-        self._write_manifest()
 
-    def _write_manifest(self) -> None:
-        content = {
-            "format": self._table.format,
-            "run": self._run,
-            "rows": self.rows_done,
-            "shards": self._shards,
-        }
-        write_text(self.directory / MANIFEST, json.dumps(content, indent=1) + "\n")
+def iter_store(
+    directory: str | Path, columns: Sequence[str] | None = None, table: Table = EXPLANATIONS
+) -> Iterator[pa.Table]:
+    """All rows, or only some columns of them, shard by shard in the source's order; page checksums are verified.
+
+    Raises RequestError when there is no store of that kind or no such column, VerifyError when a shard is damaged.
+    """
+    directory = Path(directory)
+    read_manifest(directory, table)
+    if columns is not None and (unknown := [name for name in columns if name not in table.columns]):
+        raise RequestError(f"the store has no column {unknown[0]!r}: it has {', '.join(table.columns)}")
+    chosen = list(table.columns if columns is None else columns)
+    for listed in read_shards(directory):
+        rows = open_shard(directory / listed.name, lambda shard: shard.read(columns=chosen))
+        yield rows.select(chosen).replace_schema_metadata(None)
 
 
 def read_store(
     directory: str | Path, columns: Sequence[str] | None = None, table: Table = EXPLANATIONS
 ) -> pa.Table:
-    """All rows, or only some columns of them, in the order they were written; page checksums are verified.
-
-    Raises RequestError when there is no store of that kind, VerifyError when a shard is damaged.
-    """
-    paths = _stored_shards(Path(directory), table)
-    if columns is not None and (unknown := [name for name in columns if name not in table.columns]):
-        raise RequestError(f"the store has no column {unknown[0]!r}: it has {', '.join(table.columns)}")
-    chosen = list(table.columns if columns is None else columns)
-    empty = pa.schema([table.schema.field(name) for name in chosen]).empty_table()
-    parts = [_open_shard(path, lambda shard: shard.read(columns=chosen)).select(chosen) for path in paths]
-    return pa.concat_tables([empty, *(part.replace_schema_metadata(None) for part in parts)])
+    """`iter_store` as one table."""
+    parts = list(iter_store(directory, columns, table))
+    fields = [table.schema.field(name) for name in (table.columns if columns is None else columns)]
+    return pa.concat_tables([pa.schema(fields).empty_table(), *parts])
 
 
 def read_rows(
     directory: str | Path, positions: Sequence[int], table: Table = EXPLANATIONS
 ) -> list[dict[str, Any]]:
-    """Whole rows at the given positions, in the order asked, reading only the row groups they lie in."""
+    """Whole rows at the given places of `read_store`, in the order asked, reading only the row groups they lie in."""
+    directory = Path(directory)
+    read_manifest(directory, table)
     wanted = sorted(set(positions))
     found: dict[int, dict[str, Any]] = {}
     start = 0
-    for path in _stored_shards(Path(directory), table):
-        rows_here = _open_shard(path, lambda shard: shard.metadata.num_rows)
-        here = [position - start for position in wanted if start <= position < start + rows_here]
+    for listed in read_shards(directory):
+        here = [position - start for position in wanted if start <= position < start + listed.rows]
         if here:
-            picked = _open_shard(path, lambda shard, here=here: dict(_pick(shard, here)))
+            picked = open_shard(directory / listed.name, lambda shard, here=here: dict(_pick(shard, here)))  # type: ignore[misc]
             found.update((start + offset, row) for offset, row in picked.items())
-        start += rows_here
+        start += listed.rows
     if missing := [position for position in wanted if position not in found]:
         raise IndexError(f"the store has {start} rows, no row {missing[0]}")
     return [found[position] for position in positions]
@@ -221,151 +375,9 @@ def _pick(shard: pq.ParquetFile, offsets: list[int]) -> Iterator[tuple[int, dict
         start += count
 
 
-def read_run(directory: str | Path, table: Table = EXPLANATIONS) -> dict[str, Any]:
-    """What the job recorded about itself. Raises RequestError when there is no store of that kind."""
-    run: dict[str, Any] = _read_manifest(Path(directory), table)["run"]
-    return run
-
-
-def verify_store(directory: str | Path) -> list[str]:
-    """Check digests, page checksums, masks, counts and duplicates; one line a problem, none when all is well."""
-    directory = Path(directory)
-    manifest = _read_manifest(directory)
-    table = TABLES[manifest["format"]]
-    problems: list[str] = []
-    listed = {shard["name"]: shard for shard in manifest["shards"]}
-    present = {path.name: path for path in _shard_paths(directory)}
-    problems += [f"{name}: missing" for name in listed if name not in present]
-    problems += [f"{name}: not listed in {MANIFEST}" for name in present if name not in listed]
-    if sum(shard["rows"] for shard in listed.values()) != manifest["rows"]:
-        problems.append(f"{MANIFEST}: counts {manifest['rows']} rows, its shards sum to another number")
-    seen: Counter[str] = Counter()
-    for name, path in present.items():
-        if name in listed and _digest(path) != listed[name]["sha256"]:
-            problems.append(f"{name}: its content does not match the digest in {MANIFEST}")
-        problems += _verify_shard(path, table, listed.get(name), manifest["run"]["fingerprint"], seen)
-    problems += [f"id {name!r}: stored {count} times" for name, count in seen.items() if count > 1]
-    return problems
-
-
-def _verify_shard(
-    path: Path, kind: Table, listed: Mapping[str, Any] | None, fingerprint: str, seen: Counter[str]
-) -> list[str]:
-    problems = []
-    rows = 0
-    try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as shard:
-            run = json.loads((shard.schema_arrow.metadata or {}).get(b"minexp.run", b"{}"))
-            if run.get("fingerprint") != fingerprint:
-                problems.append(f"{path.name}: belongs to another job")
-            if tuple(shard.schema_arrow.names) != kind.columns:
-                return [*problems, f"{path.name}: its columns are not the store's"]
-            for group in range(shard.num_row_groups):
-                # The other columns are read for their checksums alone.
-                table = shard.read_row_group(group)
-                for row in table.select(list(kind.checked)).to_pylist():
-                    rows += 1
-                    seen[row["id"]] += 1
-                    problems += [
-                        f"{path.name}: id {row['id']!r}: {problem}" for problem in kind.problems(row)
-                    ]
-    except (pa.ArrowException, OSError, ValueError) as error:
-        return [*problems, f"{path.name}: cannot be read: {_one_line(error)}"]
-    if listed is not None and rows != listed["rows"]:
-        problems.append(f"{path.name}: {rows} rows, {MANIFEST} lists {listed['rows']}")
-    return problems
-
-
-def _open_shard(path: Path, use: Any) -> Any:
-    try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as shard:
-            return use(shard)
-    except (pa.ArrowException, OSError) as error:
-        raise VerifyError(f"{path} is damaged: {_one_line(error)}") from error
-
-
-def _stored_shards(directory: Path, table: Table) -> list[Path]:
-    return [directory / shard["name"] for shard in _read_manifest(directory, table)["shards"]]
-
-
-def _read_manifest(directory: Path, table: Table | None = None) -> dict[str, Any]:
-    """The manifest of a store of that kind, or of any kind that this version knows."""
-    wanted = EXPLANATIONS if table is None else table
-    path = directory / MANIFEST
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if (
-            not content["run"]["fingerprint"]
-            or content["rows"] < 0
-            or not isinstance(content["shards"], list)
-        ):
-            raise ValueError("its fields are not those of a manifest")
-    except (FileNotFoundError, NotADirectoryError):
-        raise RequestError(
-            f"no {wanted.content} in {directory} ({MANIFEST} is not there):"
-            f" write them with {wanted.command} --out {directory}"
-        ) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise VerifyError(f"{path} is damaged: {_one_line(error)}") from error
-    there = TABLES.get(content.get("format"))
-    if there is None:
-        raise RequestError(
-            f"{path} is of format {content.get('format')!r}: this version reads {wanted.format}"
-        )
-    if table is not None and there is not table:
-        raise RequestError(
-            f"{directory} holds {there.content}, no {table.content}: give the directory of those"
-        )
-    result: dict[str, Any] = content
-    return result
-
-
-def _shard_name(index: int) -> str:
-    return f"shard-{index:05d}.parquet"
-
-
-def _shard_paths(directory: Path) -> list[Path]:
-    return sorted(directory.glob("shard-*.parquet"), key=lambda path: (len(path.name), path.name))
-
-
-def _describe(path: Path) -> dict[str, Any]:
-    return {
-        "name": path.name,
-        "rows": _open_shard(path, lambda s: s.metadata.num_rows),
-        "sha256": _digest(path),
-    }
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def _lock(owner: object, directory: Path) -> Callable[[], object]:
-    """Hold the directory for this process, where the file system knows locks: two writers would double rows.
-
-    Returns what releases it; it is also released when ``owner`` goes.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        return lambda: None
-    handle = os.open(directory, os.O_RDONLY)
-    release = weakref.finalize(owner, os.close, handle)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        release()
-        raise RequestError(
-            f"another process is writing to {directory}: wait for it, or give another --out"
-        ) from None
-    except OSError:
-        release()  # a file system without locks
-    return release
+def _size(rows: int | None) -> int:
+    """Rows a shard: a power of two, such that a job has about a thousand shards."""
+    size = _FEWEST
+    while size < _MOST and rows is not None and rows > 1024 * size:
+        size *= 2
+    return size

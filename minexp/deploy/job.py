@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from ..data.decoding import decode_image
 from ..data.sources import ImageSource, load_uri
 from ..data.store import read_rows, read_run, unpack_mask
 from ..errors import MinexpError, RequestError
-from ..jobs.engine import Pixels, Row, run_job
+from ..jobs.engine import ONE_PROCESS, Placement, run_job
+from ..jobs.unit import ImageUnit, Pixels, Row, Unit
 from .runtime import BATCH, Explainer
 
 
@@ -29,15 +31,13 @@ def explain_dataset(
     batch: int = BATCH,
     resume: bool = True,
     progress: bool = True,
+    placement: Placement = ONE_PROCESS,
 ) -> dict[str, Any]:
     """`minexp.jobs.engine.run_job` with an exported explainer; the same rows as the torch path stores."""
-
-    def call(images: Pixels) -> Sequence[Row]:
-        return explainer.explain(images).rows()
-
-    explainer.warm_up(min(batch, len(source)))
+    if placement.in_process:
+        explainer.warm_up(min(batch, len(source)))
     return run_job(
-        call,
+        (lambda number: _unit(explainer)) if placement.in_process else _Units.like(explainer),
         source,
         out,
         run=_describe(explainer, source),
@@ -46,7 +46,36 @@ def explain_dataset(
         batch=batch,
         resume=resume,
         progress=progress,
+        placement=placement,
     )
+
+
+def _unit(explainer: Explainer) -> Unit:
+    def call(images: Pixels) -> Sequence[Row]:
+        return explainer.explain(images).rows()
+
+    return ImageUnit(call)
+
+
+@dataclass(frozen=True)
+class _Units:
+    """Opens an explainer again in each worker process; the file was tried in the first one."""
+
+    path: Path
+    fingerprint: str
+    provider: str
+    threads: int
+
+    @classmethod
+    def like(cls, explainer: Explainer) -> _Units:
+        path = explainer.path.absolute()
+        return cls(path, explainer.about.fingerprint, explainer.provider, explainer.threads)
+
+    def __call__(self, number: int) -> Unit:
+        explainer = Explainer(self.path, provider=self.provider, threads=self.threads, trusted=True)
+        if explainer.about.fingerprint != self.fingerprint:
+            raise RequestError(f"{self.path} has changed since the job began: begin again with --no-resume")
+        return _unit(explainer)
 
 
 def _describe(explainer: Explainer, source: ImageSource) -> dict[str, Any]:

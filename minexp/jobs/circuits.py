@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import time
@@ -25,7 +24,7 @@ from ..circuit.readout import Reader
 from ..circuit.settings import Settings
 from ..classifier import Classifier
 from ..data.sources import ImageSource, load_uri
-from ..data.store import MANIFEST, StoreWriter, read_rows, read_run, read_store, unpack_mask
+from ..data.store import StoreWriter, read_rows, read_run, read_store, unpack_mask
 from ..data.tables import CIRCUITS
 from ..errors import MinexpError, RequestError
 
@@ -155,25 +154,16 @@ def circuit_dataset(
     some: list[tuple[Work, Circuit]] = []
     store = StoreWriter(out, run=run, table=CIRCUITS, rows_per_shard=ROWS_PER_SHARD, resume=resume)
     resumed = store.rows_done
-    try:
-        with (
-            store,
-            tqdm(
-                total=inputs.count, initial=resumed, unit="circuit", disable=None if progress else True
-            ) as bar,
-        ):
-            for group in _groups(inputs.start(resumed), batch):
-                for work, found in zip(group, _read(reader, group), strict=True):
-                    if isinstance(found, Circuit) and len(some) < shown:
-                        some.append((work, found))
-                    store.write([_row(work, found)])
-                bar.update(len(group))
-    except BaseException:
-        if store.rows_done == 0:  # an empty store would refuse the corrected request as another job
-            (store.directory / MANIFEST).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                store.directory.rmdir()
-        raise
+    with (
+        store,
+        tqdm(total=inputs.count, initial=resumed, unit="circuit", disable=None if progress else True) as bar,
+    ):
+        for group in _groups(inputs.start(resumed), batch):
+            for work, found in zip(group, _read(reader, group), strict=True):
+                if isinstance(found, Circuit) and len(some) < shown:
+                    some.append((work, found))
+                store.write([_row(work, found)])
+            bar.update(len(group))
     seconds = round(time.perf_counter() - started, 3)
     return {**summarise(out, settings.mode), "resumed": resumed, "seconds": seconds, "out": str(out)}, some
 

@@ -1,32 +1,63 @@
-"""A dataset through an explainer, whatever runs it: one row for every input, resumable. No torch."""
+"""A dataset through a core unit, whatever runs it: one row for every input, resumable. No torch."""
 
 from __future__ import annotations
 
-import contextlib
+import errno
+import os
 import time
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
-import pyarrow.compute as pc
-from tqdm import tqdm
-
+from ..data.lock import Part
 from ..data.preprocessing import Preprocessing
-from ..data.sources import ImageSource, Item
-from ..data.store import MANIFEST, StoreWriter, read_store
-from ..errors import MinexpError, RequestError
+from ..data.shard import Shard, Tally
+from ..data.sources import ImageSource
+from ..data.store import Store
+from ..data.table import Table
+from ..data.tables import EXPLANATIONS
+from ..errors import RequestError
+from .progress import Meter
+from .signals import Stop, stoppable
+from .unit import Unit
+from .work import Event, Job, RowError, Task, work
 
-Row = dict[str, Any]
-Pixels = npt.NDArray[np.uint8]
-ROWS_PER_SHARD = 256  # what a killed job may have to do again
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a job runs and in how many processes; none of it changes an answer.
+
+    workers: processes; 1 is this one. part: (i, n), the i-th of n parts of the job. errors: rows with an error after
+    which the job ends; 0 is the first one, None never. address, gpus: of the Ray cluster, and of it a worker.
+    flush_seconds: how long explained rows wait for their shard to be full: what a killed process has to do again.
+    """
+
+    engine: Literal["local", "ray"] = "local"
+    workers: int = 1
+    part: Part = (0, 1)
+    errors: int | None = None
+    address: str | None = None
+    gpus: float = 0.0
+    flush_seconds: float = 60.0
+
+    @property
+    def in_process(self) -> bool:
+        """Does this process explain, so that it needs the model where it runs?"""
+        return self.engine == "local" and self.workers == 1
+
+    @property
+    def threads(self) -> int:
+        """Of a worker's operators."""
+        return max(1, (os.cpu_count() or 1) // self.workers)
+
+
+ONE_PROCESS = Placement()
 
 
 def run_job(
-    call: Callable[[Pixels], Sequence[Row]],
+    unit: Callable[[int], Unit],
     source: ImageSource,
     out: str | Path,
     *,
@@ -36,131 +67,151 @@ def run_job(
     batch: int,
     resume: bool = True,
     progress: bool = True,
+    placement: Placement = ONE_PROCESS,
+    table: Table = EXPLANATIONS,
+    row_bytes: int | None = None,
 ) -> dict[str, Any]:
     """Store one row for every image of ``source`` in the directory ``out``, in the source's order.
 
-    call: explains uint8 [B,H,W,C]; one row an image. run: facts about the job, with `fingerprint`, `provider` and
-    `precision`. An input that cannot be decoded, or whose explanation throws, becomes a row with its error. A job that
-    was stopped goes on behind its last stored row; ``resume=False`` starts over. What was left out of images (colour
-    profiles) is said in a warning.
-    Returns the summary of all rows in ``out`` (shares of 1; None where nothing was explained). RequestError when
-    ``out`` holds another job.
+    unit: makes the core unit (`minexp.jobs.unit`) of a worker, by its number. run: facts about the job, with
+    `fingerprint`, `provider` and `precision`. row_bytes: what a row takes on disk at most, by default a mask and its
+    certificate. An input that cannot be decoded, or whose explanation throws, becomes a row with its error. A job that
+    was stopped goes on with the rows that are missing; ``resume=False`` starts over. What was left out of images
+    (colour profiles) is said in a warning.
+    Returns the summary of the rows that this part of the job has in ``out`` (shares of 1; None where nothing was
+    explained). Raises RequestError when ``out`` holds another job or the disk is full, RowError after too many rows
+    with errors.
     """
-    truths = _truths(source, class_names)
     started = time.perf_counter()
-    store = StoreWriter(out, run=run, rows_per_shard=ROWS_PER_SHARD, resume=resume)
-    resumed, total = store.rows_done, len(source)
-    written = certified = 0
-    notes: Counter[str] = Counter()
-    try:
-        with (
-            store,
-            tqdm(total=total, initial=resumed, unit="image", disable=None if progress else True) as bar,
-        ):
-            # the next batch is decoded while this one is explained
-            ready = source.range(resumed, total, prepare=preprocessing.pixels, ahead=batch)
-            for items in _batches(ready, batch):
-                notes.update(item.note for item in items if item.note)
-                rows = _rows(items, call)
-                for item, row in zip(items, rows, strict=True):
-                    row |= {"id": item.id, "uri": item.uri, "truth": truths(item.label)}
-                store.write(rows)
-                written += len(rows)
-                certified += sum(row["status"] == "certified" for row in rows)
-                bar.update(len(rows))
-                bar.set_postfix(certified=f"{certified / written:.1%}", refresh=False)
-    except BaseException:
-        if store.rows_done == 0:  # an empty store would refuse the corrected request as another job
-            (store.directory / MANIFEST).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                store.directory.rmdir()
-        raise
+    height, width = preprocessing.size
+    with Store(out, run=run, rows=len(source), table=table, part=placement.part, resume=resume) as store:
+        job = Job(
+            unit=unit,
+            table=table,
+            run=dict(run),
+            directory=store.directory.absolute(),
+            preprocessing=preprocessing,
+            truths=Truths.of(source.class_names, class_names),
+            batch=batch,
+            row_bytes=height * width // 8 + 1024 if row_bytes is None else row_bytes,
+            flush_seconds=placement.flush_seconds,
+            fail_fast=placement.errors == 0,
+        )
+        with Meter(store.rows, store.rows_done, quiet=not progress) as meter, stoppable() as stop:
+            restarts = _Run(job, source, store, meter, placement).finish(stop)
+        if store.rows_done < store.rows:
+            stop.raise_if_set()
     seconds = time.perf_counter() - started
-    for note, count in notes.items():
-        warnings.warn(f"{count} of {written} images: {note}", stacklevel=2)
+    for note, count in meter.notes.items():
+        warnings.warn(f"{count} of {store.rows_done - store.resumed} images: {note}", stacklevel=2)
     return {
-        **summarise(out),
-        "resumed": resumed,
+        **summarise(table, store.tally),
+        "resumed": store.resumed,
         "seconds": round(seconds, 3),
-        "images_per_second": round(written / seconds, 3),
+        "images_per_second": round((store.rows_done - store.resumed) / seconds, 3),
         "provider": run["provider"],
         "precision": run["precision"],
+        "workers": placement.workers,
+        "restarts": restarts,
         "out": str(out),
     }
 
 
-def _rows(items: Sequence[Item], call: Callable[[Pixels], Sequence[Row]]) -> list[Row]:
-    """One row for each prepared item, in order.
+class _Run:
+    """One process's part of a job, from what is missing to what is stored."""
 
-    When ``call`` throws for a batch, the images are tried one by one, so that only the culprit's row carries the error.
-    """
-    images = [item.image for item in items if item.image is not None]
-    explained: Iterator[Row] = iter(_each(call, np.stack(images)) if images else ())
-    return [_error_row(item.error) if item.image is None else next(explained) for item in items]
+    def __init__(
+        self, job: Job, source: ImageSource, store: Store, meter: Meter, placement: Placement
+    ) -> None:
+        self._job, self._source, self._store = job, source, store
+        self._meter, self._placement = meter, placement
+        self._before = store.tally.statuses.get("error", 0)
+
+    def finish(self, stop: Stop) -> int:
+        """Explain what is missing, or as much as the signals let; the number of workers that were replaced."""
+        restarts = 0
+        if self._too_many():
+            raise self._refusal()
+        if gaps := self._store.missing():
+            try:
+                restarts = self._explain(gaps, lambda: stop() or self._too_many())
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                raise RequestError(
+                    f"no space is left for {self._store.directory}: {self._store.rows_done} of {self._store.rows} rows"
+                    " are stored; free some and give the same command again"
+                ) from error
+        if self._too_many():
+            raise self._refusal()
+        return restarts
+
+    def _explain(self, gaps: list[tuple[int, int]], stopping: Callable[[], bool]) -> int:
+        if self._placement.engine == "ray":
+            from .ray import explain_on_ray
+
+            return explain_on_ray(self._job, self._source, gaps, self._placement, self._take, stopping)
+        if not self._placement.in_process:
+            from .workers import Workers
+
+            workers = Workers(
+                self._placement.workers, self._job, self._source, self._store, threads=self._placement.threads
+            )
+            workers.run(gaps, self._take, stopping)
+            return workers.deaths
+        tasks = (Task(self._source.part(start, stop), start, stop) for start, stop in gaps)
+        work(self._job, self._job.unit(0), tasks, lambda event: self._take(event, 0), stopping)
+        return 0
+
+    def _take(self, event: Event, worker: int) -> None:
+        if isinstance(event, Shard):
+            self._store.record(event)
+        self._meter.take(event, worker)
+
+    def _too_many(self) -> bool:
+        most = self._placement.errors
+        return most is not None and most > 0 and self._before + self._meter.count("error") > most
+
+    def _refusal(self) -> RowError:
+        most = self._placement.errors
+        return RowError(
+            f"{self._store.directory}: more than {most} rows have errors (--on-error max={most}); the store says which;"
+            " --on-error skip goes on"
+        )
 
 
-def _each(call: Callable[[Pixels], Sequence[Row]], images: Pixels) -> list[Row]:
-    try:
-        return list(call(images))
-    except RequestError:
-        raise  # no single image is at fault
-    except Exception as error:
-        if len(images) == 1:
-            return [_error_row(_text(error))]
-    return [_each(call, images[place : place + 1])[0] for place in range(len(images))]
-
-
-def summarise(out: str | Path) -> dict[str, Any]:
-    """Counts and means over all rows stored in `out`; a mean is None when no row has the figure."""
-    means = {
-        "mean_area": "area",
-        "kept": "kept",
-        "robust_train": "robust_train",
-        "robust_heldout": "robust_heldout",
-        "evaluations_per_image": "evaluations",
-    }
-    table = read_store(out, columns=["status", *means.values()])
-    counts = {status: pc.sum(pc.equal(table["status"], status)).as_py() or 0 for status in _STATUS_KEYS}
-    summary: dict[str, Any] = {"rows": table.num_rows}
-    summary |= {key: counts[status] for status, key in _STATUS_KEYS.items()}
-    for key, column in means.items():
-        mean = pc.mean(table[column]).as_py()
-        summary[key] = None if mean is None else round(mean, 6)
+def summarise(table: Table, tally: Tally) -> dict[str, Any]:
+    """Counts and means of rows; a mean is None when no row has the figure."""
+    counts = {status: tally.statuses.get(status, 0) for status in table.statuses}
+    summary: dict[str, Any] = {"rows": sum(counts.values())}
+    summary |= {_STATUS_KEYS.get(status, status): count for status, count in counts.items()}
+    for column in table.means:
+        mean = tally.mean(column)
+        summary[_MEAN_KEYS.get(column, column)] = None if mean is None else round(mean, 6)
     return summary
 
 
-_STATUS_KEYS = {"certified": "certified", "uncertified": "failed", "error": "errors"}
+_STATUS_KEYS = {"uncertified": "failed", "error": "errors"}
+_MEAN_KEYS = {"area": "mean_area", "evaluations": "evaluations_per_image"}
 
 
-def _truths(source: ImageSource, class_names: Sequence[str]) -> Callable[[int | None], int | None]:
+@dataclass(frozen=True)
+class Truths:
     """From the source's label to the classifier's class: by name where the names agree, else as it is if it can be."""
-    names = source.class_names
-    if names is None:
-        return lambda label: label
-    places = {name: index for index, name in enumerate(class_names)}
-    if all(name in places for name in names):
-        return lambda label: None if label is None else places[names[label]]
-    same = len(names) == len(class_names)
-    return lambda label: label if same else None
 
+    classes: tuple[int, ...] | None
+    known: bool
 
-def _batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    group: list[Item] = []
-    for item in items:
-        group.append(item)
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
-        yield group
+    @classmethod
+    def of(cls, labels: Sequence[str] | None, class_names: Sequence[str]) -> Truths:
+        if labels is None:
+            return cls(None, True)
+        places = {name: index for index, name in enumerate(class_names)}
+        if all(name in places for name in labels):
+            return cls(tuple(places[name] for name in labels), True)
+        return cls(None, len(labels) == len(class_names))
 
-
-def _error_row(text: str | None) -> Row:
-    return {"status": "error", "error": text or "could not be decoded"}
-
-
-def _text(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    if not isinstance(error, MinexpError):
-        text = f"{type(error).__name__}: {text}" if text else type(error).__name__
-    return text[:500]
+    def __call__(self, label: int | None) -> int | None:
+        if label is None or not self.known:
+            return None
+        return label if self.classes is None else self.classes[label]

@@ -1,11 +1,12 @@
-"""A dataset through explain() on one machine: one row for every input, resumable, whatever the inputs are."""
+"""A dataset through explain(): the core unit with torch, and what identifies a job of it."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from .. import __version__
 from ..classifier import Classifier
 from ..data.sources import ImageSource
+from ..errors import RequestError
 from ..explanation import explain, make_backgrounds
 from ..masker import Masker
 from ..minimise import Minimisation
@@ -23,9 +25,11 @@ from ..objective import Match
 from ..predicate import Predicate
 from ..search import Effort
 from ..weights import state_digest
-from .engine import Pixels, Row, run_job
+from .engine import ONE_PROCESS, Placement, run_job
+from .unit import ImageUnit, Pixels, Row, Unit
 
 REFERENCES = 32  # images of the data that backgrounds are made from, where no masker brings its own
+Subject = tuple[Classifier, Masker | None]
 
 
 def explain_dataset(
@@ -44,39 +48,39 @@ def explain_dataset(
     batch: int = 32,
     resume: bool = True,
     progress: bool = True,
+    placement: Placement = ONE_PROCESS,
+    load: Callable[[str], Subject] | None = None,
     explain: Callable[..., Any] = explain,
 ) -> dict[str, Any]:
     """Explain every image of `source` and store one row for each in the directory `out`, in the source's order.
 
     An input that cannot be decoded, or whose explanation throws, becomes a row with its error. A job that was
-    stopped goes on behind its last stored row; `resume=False` starts over. The batch size changes no answer.
-    What was left out of images (colour profiles) is said in a warning.
-    explain: what to call instead of `minexp.explain`, with its signature.
-    Returns the summary of all rows in `out` (shares of 1; None where nothing was explained). RequestError when
-    `out` holds another job.
+    stopped goes on with the rows that are missing; `resume=False` starts over. Neither the batch size nor the
+    placement changes an answer.
+    load: makes the classifier and the masker on a device, in each worker process; without it those given are sent
+    there. explain: what to call instead of `minexp.explain`, with its signature.
+    Returns the summary of the rows in `out` (shares of 1; None where nothing was explained). RequestError when
+    `out` holds another job. What was left out of images (colour profiles) is said in a warning.
     """
     predicate = Predicate() if predicate is None else predicate
+    device = str(classifier.device) if placement.engine == "local" else "cuda" if placement.gpus else "cpu"
     search = {"minimisation": minimisation, "preset": preset, "match": match}
     run = _describe(classifier, source, masker, predicate, effort, search, background, seed)
-    # Made once: every image of the job, and of the job resumed, meets the same draws.
-    backgrounds = make_backgrounds(
-        classifier,
-        masker,
+    run["provider"] = f"torch-{torch.device(device).type}"
+    given = load is None or placement.in_process
+    units = _Units(
+        load=_Given(classifier, masker) if given or load is None else load,
+        device=device,
+        fingerprints=(run["classifier"], run["masker"]),
+        # Made once: every image of the job, and of the job resumed, meets the same draws.
         reference=_reference(source, classifier) if masker is None else None,
         background=background,
         seed=seed,
+        explain=explain,
+        settings={"predicate": predicate, "effort": effort, **search},
     )
-
-    def call(images: Pixels) -> list[Row]:
-        x = torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(255).to(classifier.device)
-        return list(
-            explain(
-                classifier, x, masker, predicate=predicate, effort=effort, backgrounds=backgrounds, **search
-            ).rows()
-        )
-
     return run_job(
-        call,
+        units,
         source,
         out,
         run=run,
@@ -85,7 +89,72 @@ def explain_dataset(
         batch=batch,
         resume=resume,
         progress=progress,
+        placement=placement,
     )
+
+
+@dataclass(frozen=True)
+class _Given:
+    """A classifier and a masker as they are, on the device asked for."""
+
+    classifier: Classifier
+    masker: Masker | None
+
+    def __call__(self, device: str) -> Subject:
+        if str(self.classifier.device) != device:
+            self.classifier.to(device)
+        return self.classifier, None if self.masker is None else self.masker.to(device)
+
+
+@dataclass(frozen=True)
+class _Units:
+    """Makes the core unit of a worker. fingerprints: of the classifier and the masker that the job is about."""
+
+    load: Callable[[str], Subject]
+    device: str
+    fingerprints: tuple[str, str | None]
+    reference: Pixels | None
+    background: str
+    seed: int
+    explain: Callable[..., Any]
+    settings: Mapping[str, Any]
+
+    def __call__(self, number: int) -> Unit:
+        classifier, masker = self.load(_device(self.device, number))
+        made = (classifier.fingerprint, None if masker is None else state_digest(masker.state_dict()))
+        if made != self.fingerprints:
+            raise RequestError(
+                "the model that a worker loads is not the job's: its source makes another one every time (give"
+                " --weights FILE), or its files have changed"
+            )
+        backgrounds = make_backgrounds(
+            classifier,
+            masker,
+            reference=None if self.reference is None else _pixels(self.reference, torch.device("cpu")),
+            background=self.background,
+            seed=self.seed,
+        )
+
+        def call(images: Pixels) -> list[Row]:
+            x = _pixels(images, classifier.device)
+            return list(self.explain(classifier, x, masker, backgrounds=backgrounds, **self.settings).rows())
+
+        return ImageUnit(call)
+
+
+def _device(asked: str, number: int) -> str:
+    """The device of a worker: GPUs in turn where one is asked for without its number."""
+    if asked not in ("cuda", "cuda:0") or (count := torch.cuda.device_count()) < 2:
+        return asked
+    return f"cuda:{number % count}"
+
+
+def _pixels(images: Pixels, device: torch.device) -> Tensor:
+    """uint8 [B,H,W,C] as float [B,C,H,W] in [0, 1]; it is the bytes that cross to a GPU, while it still computes."""
+    x = torch.from_numpy(images)
+    if device.type == "cuda":
+        x = x.pin_memory().to(device, non_blocking=True)
+    return x.permute(0, 3, 1, 2).float().div_(255)
 
 
 def _describe(
@@ -120,15 +189,14 @@ def _describe(
         "model": type(classifier.model).__name__,
         "preprocessing": classifier.preprocessing.to_json(),
         "class_names": list(classifier.class_names),
-        "provider": f"torch-{classifier.device.type}",
         "precision": classifier.precision,
         "execution": f"{classifier.execution}: {classifier.agreement}",
         "versions": {"minexp": __version__, "torch": torch.__version__},
     }
 
 
-def _reference(source: ImageSource, classifier: Classifier) -> Tensor | None:
-    """Some of the job's images, evenly spaced, for backgrounds with the data's statistics: float [M,C,H,W].
+def _reference(source: ImageSource, classifier: Classifier) -> Pixels | None:
+    """Some of the job's images, evenly spaced, for backgrounds with the data's statistics: uint8 [M,H,W,C].
 
     None for a short source: an image would often be its own background.
     """
@@ -141,6 +209,4 @@ def _reference(source: ImageSource, classifier: Classifier) -> Tensor | None:
             with contextlib.suppress(Exception):  # unreadable here, an error row later
                 if item.image is not None:
                     pixels.append(classifier.preprocessing.pixels(item.image))
-    if len(pixels) < 2:
-        return None
-    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float().div_(255)
+    return np.stack(pixels) if len(pixels) >= 2 else None

@@ -27,6 +27,12 @@ VIEWS = {
     "failures": ("Failures", "Not certified, or the class is lost: these masks explain nothing yet."),
     "mistakes": ("Misclassified", "The class is wrong: the mask shows what misled the classifier."),
     "flagged": ("Flagged", "Rows that a warning above concerns, some of each kind."),
+    "outliers": ("Outliers", "Masks that lie where those of their class do not, the oddest first."),
+    "twins": (
+        "Twins",
+        "Images of a class whose masks are nearly the same, side by side: copies, or one trait that decides.",
+    ),
+    "query": ("Query", "Drawn at random from the rows that your query matches."),
 }
 
 
@@ -41,13 +47,18 @@ class Choice:
         return list(dict.fromkeys(position for chosen in self.views.values() for position in chosen))
 
 
-def render_gallery(directory: Path, summary: Summary, count: int) -> tuple[Choice, str, int]:
+def render_gallery(
+    directory: Path, summary: Summary, count: int, asked: npt.NDArray[np.int64] | None = None
+) -> tuple[Choice, str, int]:
     """What is shown, the cards' HTML, and how many pictures could not be loaded again.
 
-    ``count`` rows a view at most, halved as long as even small pictures are too much for one page.
+    ``count`` rows a view at most, halved as long as even small pictures are too much for one page. asked: positions of
+    a view of their own.
     """
     while True:
         choice = choose(summary, count)
+        if asked is not None:
+            choice.views = {"query": asked[:count].tolist()} | choice.views
         cards, lost = render_cards(directory, summary, choice)
         if len(cards) <= BUDGET or count == 1:
             return choice, cards, lost
@@ -69,8 +80,15 @@ def choose(summary: Summary, count: int) -> Choice:
         "failures": failed[np.argsort(np.nan_to_num(robust[failed]), kind="stable")][:count],
         "mistakes": rng.permutation(mistaken)[:count],
         "flagged": _taking_turns([rng.permutation(warning.rows) for warning in summary.warnings], count),
+        "outliers": summary.survey.outliers[:count],
+        "twins": _pairs(summary.survey.twins, count),
     }
     return Choice({view: [int(row) for row in rows] for view, rows in views.items() if len(rows)})
+
+
+def _pairs(groups: Sequence[npt.NDArray[np.int64]], count: int) -> npt.NDArray[np.int64]:
+    """Two of each group, side by side, of as many groups as there is room for."""
+    return np.concatenate([group[:2] for group in groups[: count // 2]] or [np.zeros(0, np.int64)])
 
 
 def _taking_turns(groups: Sequence[npt.NDArray[np.int64]], count: int) -> npt.NDArray[np.int64]:

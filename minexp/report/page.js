@@ -57,6 +57,10 @@
     });
   }
 
+  for (const button of $$("[data-show]")) {
+    button.addEventListener("click", () => { view(button.dataset.show); byId("gallery").scrollIntoView(); });
+  }
+
   // One card, large.
   const dialog = byId("one");
   let open = null;

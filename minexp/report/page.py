@@ -17,6 +17,8 @@ from . import charts
 from .gallery import VIEWS, render_gallery
 from .intervals import Estimate
 from .pictures import Pixels, file_uri, image_uri
+from .places import THUMBS, places, thumb
+from .query import Query, ask
 from .summary import FAMILIES, ClassLine, Summary, summarise
 
 _ERRORS_SHOWN = 200
@@ -46,10 +48,12 @@ def write_report(
     out: str | Path | None = None,
     gallery: int = 48,
     sections: Sequence[Section] = (),
+    query: str | None = None,
 ) -> Path:
     """Write the report of a store to ``out`` (DIR/report.html) and return its path.
 
-    gallery: rows shown in each view. Raises RequestError when there is no store or it holds no rows.
+    gallery: rows shown in each view. query: a condition in SQL over the store's columns, whose rows get a view.
+    Raises RequestError when there is no store, it holds no rows, or the query cannot be answered.
     """
     directory = Path(directory)
     if gallery < 1:
@@ -57,7 +61,10 @@ def write_report(
     summary = summarise(directory)
     if not summary.rows:
         raise RequestError(f"{directory} holds no rows yet: run minexp explain --out {directory} first")
-    choice, cards, lost = render_gallery(directory, summary, gallery)
+    answer = None if query is None else ask(directory, query, gallery)
+    choice, cards, lost = render_gallery(
+        directory, summary, gallery, None if answer is None else answer.sample
+    )
     parts = resources.files(__package__)
     page = Template(parts.joinpath("page.html").read_text(encoding="utf-8")).substitute(
         style=parts.joinpath("page.css").read_text(encoding="utf-8"),
@@ -72,9 +79,10 @@ def write_report(
             summary.values["area"], summary.values["robust_heldout"], summary.certified & summary.explained
         ),
         families=charts.bars(_families(summary)),
-        classes=_classes(summary.classes, known=any(line.correct is not None for line in summary.classes)),
+        places=places(summary),
+        classes=_classes(summary),
         sections="".join(map(_section, sections)),
-        views=_views(choice.views),
+        views=_views(choice.views, answer),
         class_options=_class_options(summary.classes),
         cards=cards,
         lost=f'<p class="note">{lost} pictures could not be loaded again: only their masks are shown.</p>'
@@ -205,15 +213,19 @@ def _families(summary: Summary) -> list[tuple[str, str, Estimate]]:
     return [(*FAMILIES[family], known[family]) for family in FAMILIES if family in known] + rest
 
 
-def _classes(lines: list[ClassLine], *, known: bool) -> str:
-    heads = ["Class", "Images", *(["Correct"] if known else []), "Mask area", "Kept", "Robust", "Held out"]
+def _classes(summary: Summary) -> str:
+    lines = summary.classes
+    known = any(line.correct is not None for line in lines)
+    heads = ["Class", "Where", "Images", *(["Correct"] if known else []), "Mask area"]
+    heads += ["Kept", "Robust", "Held out", "Not certified"]
     head = "".join(f'<th scope="col"><button type="button">{name}</button></th>' for name in heads)
     body = []
     top = max((line.area.mean for line in lines), default=1.0) or 1.0
-    for line in lines:
+    for number, line in enumerate(lines):
         half = "" if line.area.high is None else f" ±&nbsp;{(line.area.high - line.area.mean) * 100:.1f}"
         cells = [
             f'<th scope="row" data-v="{escape(line.name)}">{escape(line.name)}</th>',
+            thumb(summary.survey.classes.get(line.label) if number < THUMBS else None),
             f'<td data-v="{line.count}">{line.count:,}</td>',
         ]
         if known:
@@ -222,7 +234,7 @@ def _classes(lines: list[ClassLine], *, known: bool) -> str:
             f'<td data-v="{line.area.mean}" class="meter" style="--p:{line.area.mean / top * 100:.0f}%">'
             f"{_percent(line.area.mean)}<small>{half}</small></td>"
         )
-        cells += [_cell(line.kept), _cell(line.robust_train), _cell(line.robust_heldout)]
+        cells += map(_cell, (line.kept, line.robust_train, line.robust_heldout, line.failed))
         body.append(f"<tr>{''.join(cells)}</tr>")
     return f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody>"
 
@@ -233,9 +245,12 @@ def _cell(share: float | None) -> str:
     return f'<td data-v="{share}">{_percent(share)}</td>'
 
 
-def _views(views: dict[str, list[int]]) -> str:
+def _views(views: dict[str, list[int]], answer: Query | None) -> str:
+    about = {view: text for view, (_, text) in VIEWS.items()}
+    if answer is not None:
+        about["query"] = f"Drawn at random from the {answer.matches:,} rows where {answer.condition}."
     return "".join(
-        f'<button type="button" role="tab" data-view="{view}" data-about="{escape(VIEWS[view][1])}"'
+        f'<button type="button" role="tab" data-view="{view}" data-about="{escape(about[view])}"'
         f' aria-selected="false">{VIEWS[view][0]} <span>{len(chosen)}</span></button>'
         for view, chosen in views.items()
     )

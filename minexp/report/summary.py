@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 
 from ..data.store import read_run, read_store
 from .intervals import Estimate, mean_of, share_of
+from .survey import Survey, survey
 
 Floats = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
@@ -58,8 +59,10 @@ class Concern:
 
 @dataclass(frozen=True)
 class ClassLine:
+    label: int
     name: str
     count: int
+    failed: float
     correct: float | None
     area: Estimate
     kept: float
@@ -69,7 +72,7 @@ class ClassLine:
 
 @dataclass(frozen=True)
 class Summary:
-    """Columns of all rows as float arrays (NaN for null), and what follows from them."""
+    """Columns of all rows as float arrays (NaN for null), where their masks lie, and what follows from them."""
 
     run: Mapping[str, Any]
     rows: int
@@ -79,6 +82,7 @@ class Summary:
     classes: list[ClassLine]
     families: list[tuple[str, Estimate]]
     error_kinds: list[tuple[str, int]]
+    survey: Survey
     warnings: list[Concern] = field(default_factory=list)
 
     @property
@@ -112,7 +116,7 @@ class Summary:
 
 
 def summarise(directory: Path) -> Summary:
-    """Read a store's columns, never its masks."""
+    """Read a store's columns, and its masks shard by shard."""
     run = read_run(directory)
     table = read_store(directory, ["status", *_NUMBERS])
     values = {name: _floats(table[name]) for name in _NUMBERS}
@@ -124,11 +128,12 @@ def summarise(directory: Path) -> Summary:
         values=values,
         certified=certified,
         error=error,
-        classes=_classes(directory, run, values, ~error),
+        classes=_classes(directory, run, values, certified, ~error),
         families=_families(directory),
         error_kinds=_error_kinds(directory) if error.any() else [],
+        survey=survey(directory, values["label"]),
     )
-    summary.warnings.extend(_warnings(summary))
+    summary.warnings.extend(_warnings(summary) + _misplaced(summary))
     return summary
 
 
@@ -141,7 +146,7 @@ def _equal(column: Any, value: str) -> Flags:
 
 
 def _classes(
-    directory: Path, run: Mapping[str, Any], values: Mapping[str, Floats], explained: Flags
+    directory: Path, run: Mapping[str, Any], values: Mapping[str, Floats], certified: Flags, explained: Flags
 ) -> list[ClassLine]:
     """One line a predicted class, the most frequent first."""
     labels = values["label"]
@@ -161,8 +166,10 @@ def _classes(
             continue
         lines.append(
             ClassLine(
+                label=label,
                 name=names.get(label, str(label)),
                 count=len(rows),
+                failed=float(1 - certified[rows].mean()),
                 correct=float((truth[known] == label).mean()) if known.any() else None,
                 area=area,
                 kept=_mean(values["kept"][rows]),
@@ -262,4 +269,29 @@ def _warnings(summary: Summary) -> list[Concern]:
         Concern(key, chip, text, np.flatnonzero(flags & summary.explained))
         for key, chip, text, flags in found
         if (flags & summary.explained).any()
+    ]
+
+
+def _misplaced(summary: Summary) -> list[Concern]:
+    """Classes whose evidence lies in one corner or along the border."""
+    alarms = {
+        line.label: line
+        for line in summary.classes
+        if (m := summary.survey.classes.get(line.label)) and m.alarm
+    }
+    if not alarms:
+        return []
+    told = [
+        f"{line.name} ({summary.survey.classes[label].alarm})" for label, line in list(alarms.items())[:5]
+    ]
+    more = f", and {len(alarms) - len(told)} more classes" if len(alarms) > len(told) else ""
+    return [
+        Concern(
+            "shortcut",
+            "evidence at the edge",
+            f"The masks of some classes lie where objects seldom are: {'; '.join(told)}{more}. Look for a watermark, a"
+            " frame, a logo or a time stamp that goes with the class in the training data: the classifier may have"
+            " learnt it in the object's place.",
+            np.flatnonzero(np.isin(summary.values["label"], list(alarms)) & summary.explained),
+        )
     ]
