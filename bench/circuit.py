@@ -275,7 +275,8 @@ def _effects(strengths: Sequence[Strengths]) -> Tensor:
 def _published_rows(subject: Subject) -> Iterable[Row]:
     """Rank correlation of published edges with exact ones between whole stages, over all pairs of units."""
     reader = subject.reader(mode="paper", metric="logit")
-    ablation = reader.ablation(*reader.prepare(subject.x[:EDGE_IMAGES]))
+    images = max(1, EDGE_IMAGES * 256 // reader.net.nodes)  # a pass of the network for every unit of each
+    ablation = reader.ablation(*reader.prepare(subject.x[:images]))
     everything = {site: torch.arange(site.units) for site in ablation.net.sites}
     found: dict[str, list[float]] = {"effect": [], "change of the target": []}
     for row in range(len(ablation)):
