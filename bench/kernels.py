@@ -414,11 +414,15 @@ def _write(rows: list[Row], device: torch.device, out: Path) -> None:
             writer.writerow(
                 {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
             )
+    _plot(rows, device.type, stem.with_suffix(".png"))
+
+
+def _plot(rows: list[Row], device: str, path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return
-    shown = [row for row in rows if row["threads"] == 1 and row["provider"] != "eager"]
+    shown = [r for r in rows if r["threads"] == 1 and r["provider"] != "eager" and r["mode"] != "launched"]
     figure = Figure(figsize=(9, 1 + 0.24 * len(shown)), layout="constrained")
     axes = figure.subplots()
     labels = [f"{row['op']} {row['shape']}: {row['provider']}" for row in shown]
@@ -426,8 +430,9 @@ def _write(rows: list[Row], device: torch.device, out: Path) -> None:
     axes.barh(labels, [row["speedup"] for row in shown], color=colours)
     axes.invert_yaxis()
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_xlabel(f"times as fast as eager PyTorch (one thread)\n{name}; {versions}")
-    figure.savefig(stem.with_suffix(".png"), dpi=120)
+    where = "one thread" if device == "cpu" else "captured graphs"
+    axes.set_xlabel(f"times as fast as eager PyTorch ({where})\n{rows[0]['device']}; {rows[0]['versions']}")
+    figure.savefig(path, dpi=120)
 
 
 def _main() -> None:

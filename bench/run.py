@@ -31,7 +31,7 @@ COLUMNS = (
     "bandwidth",
 )
 NOT_SUITES = ("run", "test_kernels", "attributions")
-OPTIONS = ("images", "out", "variant", "peers", "scenes", "rows")
+OPTIONS = ("images", "out", "variant", "peers", "model", "data", "weights", "scenes", "rows")
 SUITES = tuple(sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in NOT_SUITES))
 
 
@@ -47,6 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--scenes", type=int, help="scenes of a job from end to end")
     parser.add_argument("--rows", type=int, help="rows of a synthetic store")
     parser.add_argument("--peers", help="explainers to compare with, separated by commas")
+    for name, what in (
+        ("model", "model to read circuits of"),
+        ("data", "its images"),
+        ("weights", "its weights"),
+    ):
+        parser.add_argument(f"--{name}", help=what)
     options = parser.parse_args(argv)
     folder = str(Path(__file__).resolve().parent)
     sys.path[:0] = [] if folder in sys.path else [folder]

@@ -30,6 +30,9 @@ _HOME = {
     "side_by_side": "explanation",
     "Minimisation": "minimise",
     "Refinement": "refine",
+    "Circuit": "circuit.circuit",
+    "read_circuit": "circuit.readout",
+    "ablate_circuit": "circuit.readout",
     "export": "deploy.export",
     "MinexpError": "errors",
     "RequestError": "errors",
@@ -46,6 +49,9 @@ if TYPE_CHECKING:  # "as": exported, for type checkers
     from ._ops import edge_topk as edge_topk
     from ._ops import edge_total_topk as edge_total_topk
     from .certificate import Certificate as Certificate
+    from .circuit.circuit import Circuit as Circuit
+    from .circuit.readout import ablate_circuit as ablate_circuit
+    from .circuit.readout import read_circuit as read_circuit
     from .classifier import Classifier as Classifier
     from .classifier import load_classifier as load_classifier
     from .deploy.export import export as export

@@ -46,10 +46,11 @@ def test_no_answer_depends_on_its_batch(on_gpu):
 
 def test_refinement_finds_what_it_finds_on_the_cpu(on_gpu):
     classifier, masker, x = on_gpu
-    there = minexp.explain(classifier, x[:8].cuda(), masker, effort="refined")
-    here = minexp.explain(classifier.to("cpu"), x[:8], masker.to("cpu"), effort="refined")
+    there = minexp.explain(classifier, x[:32].cuda(), masker, effort="refined")
+    here = minexp.explain(classifier.to("cpu"), x[:32], masker.to("cpu"), effort="refined")
+    assert all(c.certified for c in there.certificates) == all(c.certified for c in here.certificates)
     areas = [np.mean([c.area for c in e.certificates]) for e in (there, here)]
-    assert abs(areas[0] - areas[1]) < 0.02
+    assert abs(areas[0] - areas[1]) < 0.03  # rounding sends single images to other minima
 
 
 def test_fit_on_the_gpu():
@@ -58,20 +59,26 @@ def test_fit_on_the_gpu():
     images = rng.integers(0, 256, (64, 32, 32, 3), dtype=np.uint8)
     masker = minexp.fit(classifier, images, steps=30, batch=16, progress=False)
     assert masker.mean.device.type == "cuda"
-    again = minexp.fit(classifier, images, steps=30, batch=16, progress=False)
-    for a, b in zip(masker.parameters(), again.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    here = minexp.fit(classifier.to("cpu"), images, steps=30, batch=16, progress=False)
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+    with torch.no_grad():
+        there, here = masker.probabilities(x.cuda()).cpu(), here.probabilities(x)
+    # the optimiser makes a step of every sign, so rounding shows in the weights long before it does in the masks
+    assert (there - here).abs().mean() < 0.05
+    assert there.std() > 0
 
 
 def test_the_command_line(tmp_path, capsys):
     rng = np.random.default_rng(0)
+    images = tmp_path / "images"
+    images.mkdir()
     for index in range(6):
-        Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(tmp_path / f"{index}.png")
+        Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(images / f"{index}.png")
     model = tmp_path / "model.py"
     model.write_text(
         "import sys\nsys.path.insert(0, 'tests')\nimport small_net\nmake = small_net.classifier\n"
     )
-    shared = ["--model", f"{model}:make", "--data", str(tmp_path), "--device", "cuda", "--json"]
+    shared = ["--model", f"{model}:make", "--data", str(images), "--device", "cuda", "--json"]
     masker = str(tmp_path / "masker.safetensors")
     assert cli.main(["fit", *shared, "--steps", "5", "--batch", "4", "--out", masker]) == 0
     capsys.readouterr()

@@ -2,6 +2,7 @@
 
 from .base import Command
 from .bench import Bench
+from .circuit import Circuit
 from .demo import Demo
 from .doctor import Doctor
 from .explain import Explain
@@ -15,6 +16,7 @@ COMMANDS: dict[str, type[Command]] = {
     "fit": Fit,
     "explain": Explain,
     "export": Export,
+    "circuit": Circuit,
     "report": Report,
     "verify": Verify,
     "bench": Bench,

@@ -14,21 +14,30 @@ from .base import DONE, Command
 
 @dataclass(frozen=True, kw_only=True)
 class Bench(Command):
-    """Measure the operators, the whole explanation, its quality, and the reading of images (in a source checkout)."""
+    """Measure operators, explanations, their quality, circuits, and the reading of images (in a source checkout)."""
 
     example = "minexp bench explain"
 
-    suite: Positional[Literal["kernels", "explain", "data", "deploy", "mosaic", "peers", "ablation", "scale"]]
-    """kernels, explain, data, deploy, scale: times; mosaic: whether the tile that decides is named; peers: against
-    other explainers; ablation: what each term of the objective is worth."""
+    suite: Positional[
+        Literal["kernels", "explain", "data", "deploy", "mosaic", "peers", "ablation", "circuit", "scale"]
+    ]
+    """kernels, explain, data, deploy, scale: times; mosaic: whether the tile that decides is named; peers: against other
+    explainers; ablation: what each term of the objective is worth; circuit: circuits of images and explanations."""
     images: int | None = None
-    """Images to explain (mosaic, peers, ablation)."""
+    """Images to explain (mosaic, peers, ablation, circuit)."""
     out: Path | None = None
-    """Folder for tables and plots; a demo in its subfolder VARIANT lends classifier and masker (peers, ablation)."""
+    """Folder for tables and plots; a demo in its subfolder VARIANT lends classifier and masker (peers, ablation,
+    circuit)."""
     variant: Literal["plain", "shortcut", "mosaic", "segments"] | None = None
     """Scenes to compare explainers on (peers)."""
     peers: str | None = None
     """Explainers to compare with, separated by commas, or none (peers)."""
+    model: str | None = None
+    """In place of the built-in scenes' classifier, a model (circuit)."""
+    data: str | None = None
+    """Images for that model (circuit)."""
+    weights: Path | None = None
+    """Weights of that model (circuit)."""
     scenes: int | None = None
     """Scenes of a job from end to end (scale)."""
     rows: int | None = None
@@ -43,6 +52,6 @@ class Bench(Command):
                 "the benchmarks are not installed with the package; run this in a source checkout"
             )
         options = [f"--{name}" for name in ("json", "quiet") if getattr(self, name)]
-        names = ("images", "out", "variant", "peers", "scenes", "rows")
+        names = ("images", "out", "variant", "peers", "model", "data", "weights", "scenes", "rows")
         options += [f"--{name}={value}" for name in names if (value := getattr(self, name)) is not None]
         return int(runpy.run_path(str(script))["main"]([self.suite, *options]) or DONE)

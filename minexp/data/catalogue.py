@@ -13,7 +13,8 @@ from typing import Any
 from ..errors import RequestError, VerifyError, one_line
 from .files import write_text
 from .shard import Shard, is_shard
-from .table import TABLES, Table
+from .table import Table
+from .tables import EXPLANATIONS, TABLES
 
 MANIFEST = "manifest.json"
 _JOURNAL = "shards{}.jsonl"
@@ -39,14 +40,17 @@ class Manifest:
         write_text(directory / MANIFEST, json.dumps(vars(self), indent=1) + "\n")
 
 
-def read_run(directory: str | Path) -> dict[str, Any]:
-    """What the job recorded about itself. Raises RequestError when there is no store."""
-    return dict(read_manifest(Path(directory)).run)
+def read_run(directory: str | Path, table: Table = EXPLANATIONS) -> dict[str, Any]:
+    """What the job recorded about itself. Raises RequestError when there is no store of that kind."""
+    return dict(read_manifest(Path(directory), table).run)
 
 
-def read_manifest(directory: Path) -> Manifest:
-    """Raises RequestError when there is no store, VerifyError when its manifest is damaged."""
-    path = directory / MANIFEST
+def read_manifest(directory: Path, table: Table | None = None) -> Manifest:
+    """Of a store of that kind, or of any.
+
+    Raises RequestError when there is no such store, VerifyError when its manifest is damaged.
+    """
+    path, wanted = directory / MANIFEST, table or EXPLANATIONS
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         if fields["format"] not in TABLES:
@@ -57,11 +61,15 @@ def read_manifest(directory: Path) -> Manifest:
         manifest = Manifest(**fields)
         if not manifest.run["fingerprint"] or manifest.shard_rows < 1:
             raise ValueError("its fields are not those of a manifest")
+        if table is not None and manifest.table is not table:
+            raise RequestError(
+                f"{directory} holds {manifest.table.content}, no {table.content}: give the directory of those"
+            )
         return manifest
     except (FileNotFoundError, NotADirectoryError):
         raise RequestError(
-            f"no explanations in {directory} ({MANIFEST} is not there):"
-            f" write them with minexp explain --out {directory}"
+            f"no {wanted.content} in {directory} ({MANIFEST} is not there):"
+            f" write them with {wanted.command} --out {directory}"
         ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise VerifyError(f"{path} is damaged: {one_line(error)}") from error

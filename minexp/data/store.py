@@ -35,7 +35,8 @@ from .catalogue import (
 from .files import replacing
 from .lock import LOCK, Part, hold
 from .shard import Shard, Tally, describe, open_shard, shard_range, write_shard
-from .table import COLUMNS, EXPLANATIONS, Columns, Table, by_column, pack_mask, unpack_mask
+from .table import Columns, Table, by_column, pack_mask, unpack_mask
+from .tables import COLUMNS, EXPLANATIONS
 from .verify import verify_store
 
 __all__ = [
@@ -112,8 +113,8 @@ class Store:
                 return there
             if read_shards(self.directory) or shard_files(self.directory):
                 raise RequestError(
-                    f"{self.directory} holds the explanations of another job (another model, masker, data or settings):"
-                    " give another --out, or --no-resume to replace them"
+                    f"{self.directory} holds the {self.table.content} of another job (another model, masker, data or"
+                    " settings): give another --out, or --no-resume to replace them"
                 )
             clear(self.directory)  # begun and never got to a row
         elif shard_files(self.directory):
@@ -317,13 +318,15 @@ class StoreWriter:
         self.close()
 
 
-def iter_store(directory: str | Path, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+def iter_store(
+    directory: str | Path, columns: Sequence[str] | None = None, table: Table = EXPLANATIONS
+) -> Iterator[pa.Table]:
     """All rows, or only some columns of them, shard by shard in the source's order; page checksums are verified.
 
-    Raises RequestError when there is no store or column, VerifyError when a shard is damaged.
+    Raises RequestError when there is no store of that kind or no such column, VerifyError when a shard is damaged.
     """
     directory = Path(directory)
-    table = read_manifest(directory).table
+    read_manifest(directory, table)
     if columns is not None and (unknown := [name for name in columns if name not in table.columns]):
         raise RequestError(f"the store has no column {unknown[0]!r}: it has {', '.join(table.columns)}")
     chosen = list(table.columns if columns is None else columns)
@@ -332,17 +335,21 @@ def iter_store(directory: str | Path, columns: Sequence[str] | None = None) -> I
         yield rows.select(chosen).replace_schema_metadata(None)
 
 
-def read_store(directory: str | Path, columns: Sequence[str] | None = None) -> pa.Table:
+def read_store(
+    directory: str | Path, columns: Sequence[str] | None = None, table: Table = EXPLANATIONS
+) -> pa.Table:
     """`iter_store` as one table."""
-    schema = read_manifest(Path(directory)).table.schema
-    tables = list(iter_store(directory, columns))
-    chosen = schema.names if columns is None else columns
-    return pa.concat_tables([pa.schema([schema.field(name) for name in chosen]).empty_table(), *tables])
+    parts = list(iter_store(directory, columns, table))
+    fields = [table.schema.field(name) for name in (table.columns if columns is None else columns)]
+    return pa.concat_tables([pa.schema(fields).empty_table(), *parts])
 
 
-def read_rows(directory: str | Path, positions: Sequence[int]) -> list[dict[str, Any]]:
+def read_rows(
+    directory: str | Path, positions: Sequence[int], table: Table = EXPLANATIONS
+) -> list[dict[str, Any]]:
     """Whole rows at the given places of `read_store`, in the order asked, reading only the row groups they lie in."""
     directory = Path(directory)
+    read_manifest(directory, table)
     wanted = sorted(set(positions))
     found: dict[int, dict[str, Any]] = {}
     start = 0

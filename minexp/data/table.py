@@ -1,4 +1,4 @@
-"""The tables that stores hold: columns, the states of a row, and rows brought into that shape."""
+"""What a table of rows is: columns, the states of a row, and rows brought into that shape."""
 
 from __future__ import annotations
 
@@ -19,9 +19,13 @@ Columns = dict[str, npt.NDArray[Any]]
 
 @dataclass(frozen=True)
 class Table:
-    """A kind of store. schema: has `id` and `status`; means: columns whose means a job's summary gives."""
+    """A kind of store. format: its name and version on disk; content, command: what it holds and what writes it, for
+    messages; schema: has `id` and `status`; means: columns whose means a job's summary gives.
+    """
 
     format: str
+    content: str
+    command: str
     schema: pa.Schema
     statuses: tuple[str, ...]
     means: tuple[str, ...] = ()
@@ -47,57 +51,6 @@ class Table:
             ],
             schema=self.schema,
         )
-
-
-EXPLANATIONS = Table(
-    "minexp.explanations/2",
-    pa.schema(
-        [
-            pa.field("id", pa.string(), nullable=False),
-            pa.field("uri", pa.string(), nullable=False),
-            pa.field("status", pa.string(), nullable=False),
-            ("error", pa.string()),
-            ("truth", pa.int32()),
-            ("label", pa.int32()),
-            ("label_name", pa.string()),
-            ("conf", pa.float32()),
-            ("label_masked", pa.int32()),
-            ("conf_masked", pa.float32()),
-            ("conf_complement", pa.float32()),
-            ("conf_empty", pa.float32()),
-            ("kept", pa.bool_()),
-            ("area", pa.float32()),
-            ("components", pa.int32()),
-            ("border_share", pa.float32()),
-            ("threshold", pa.float32()),
-            ("robust_train", pa.float32()),
-            ("robust_train_low", pa.float32()),
-            ("robust_train_high", pa.float32()),
-            ("robust_train_n", pa.int32()),
-            ("robust_heldout", pa.float32()),
-            ("robust_heldout_low", pa.float32()),
-            ("robust_heldout_high", pa.float32()),
-            ("robust_heldout_n", pa.int32()),
-            ("robust_other", pa.float32()),
-            ("robust_other_n", pa.int32()),
-            # JSON object: family -> share of its backgrounds with the class kept
-            ("robust_families", pa.string()),
-            ("dilation_kept", pa.bool_()),
-            ("minimal_at", pa.int32()),
-            ("predicate", pa.string()),
-            ("evaluations", pa.int32()),
-            ("ms", pa.float32()),
-            ("h", pa.int32()),
-            ("w", pa.int32()),
-            ("mask", pa.binary()),
-            ("mask_crc32", pa.int64()),
-        ]
-    ),
-    statuses=("certified", "uncertified", "error"),
-    means=("area", "kept", "robust_train", "robust_heldout", "evaluations"),
-)
-TABLES = {table.format: table for table in (EXPLANATIONS,)}
-COLUMNS = EXPLANATIONS.columns
 
 
 def pack_mask(mask: npt.NDArray[np.bool_]) -> bytes:

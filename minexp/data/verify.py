@@ -147,8 +147,28 @@ def check_rows(table: Table, rows: pa.Table) -> Iterator[tuple[int, str]]:
     """The rows, by number, that contradict themselves, and how."""
     status = rows["status"].to_pylist()
     yield from ((row, f"unknown status {s!r}") for row, s in enumerate(status) if s not in table.statuses)
-    if "mask" not in table.columns:
-        return
+    if "mask" in table.columns:
+        yield from _masks(rows, status)
+    if "edges" in table.columns:
+        yield from _ends(rows)
+
+
+def _ends(rows: pa.Table) -> Iterator[tuple[int, str]]:
+    """Circuits whose edges end at no node of theirs."""
+    columns = rows.select(["status", "nodes", "edges"]).to_pylist()
+    for number, row in enumerate(columns):
+        if row["status"] == "error":
+            continue
+        if row["nodes"] is None or row["edges"] is None:
+            yield number, "no nodes or no edges"
+            continue
+        there = {(node["layer"], node["unit"]) for node in row["nodes"]} | {("score", 0)}
+        ends = {(edge[f"{end}_layer"], edge[end]) for edge in row["edges"] for end in ("source", "target")}
+        if not ends <= there:
+            yield number, f"an edge ends at {min(ends - there)}, which is no node"
+
+
+def _masks(rows: pa.Table, status: list[str]) -> Iterator[tuple[int, str]]:
     masks = rows["mask"].combine_chunks()
     starts, lengths, content = row_lengths(masks)
     view = content.tobytes()

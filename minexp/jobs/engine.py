@@ -16,7 +16,8 @@ from ..data.preprocessing import Preprocessing
 from ..data.shard import Shard, Tally
 from ..data.sources import ImageSource
 from ..data.store import Store
-from ..data.table import EXPLANATIONS, Table
+from ..data.table import Table
+from ..data.tables import EXPLANATIONS
 from ..errors import RequestError
 from .progress import Meter
 from .signals import Stop, stoppable

@@ -1,0 +1,1 @@
+"""Circuits: which units of a network carry a class score, read out and tested by ablation."""

@@ -1,0 +1,158 @@
+"""The circuit as an object: written and read again, damaged, cut down, and as a graph."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import networkx
+import pytest
+import toy_circuits as toys
+
+import minexp
+from minexp.circuit.circuit import Edge, Interval, Node
+from minexp.errors import RequestError, VerifyError
+
+
+@pytest.fixture(scope="module")
+def circuit() -> minexp.Circuit:
+    x = toys.image()
+    reference = (x.expand(8, 3, 4, 4) * 0.1).clone()
+    classifier = toys.classifier(toys.Skip(), class_names=("warm", "<cold>"))
+    return minexp.read_circuit(classifier, x, reference=reference, target=0, size=1.0, curve_controls=2)
+
+
+def test_written_and_read_again(circuit: minexp.Circuit, tmp_path: Path) -> None:
+    assert circuit.save(tmp_path / "c.json") == tmp_path / "c.json"
+    again = minexp.Circuit.load(tmp_path / "c.json")
+    assert [(n.layer, n.unit, n.rank) for n in again.nodes] == [
+        (n.layer, n.unit, n.rank) for n in circuit.nodes
+    ]
+    assert [e.effect for e in again.edges] == pytest.approx([e.effect for e in circuit.edges], rel=1e-6)
+    assert again.layers == circuit.layers and again.label_name == "warm"
+    assert again.test is not None and circuit.test is not None
+    assert again.test.random_curve[0].n == 2 and len(again.test.curve) == len(circuit.test.sizes)
+    assert minexp.Circuit.from_json(again.to_json()) == again
+    assert [path.name for path in tmp_path.iterdir()] == ["c.json"]
+
+
+def test_what_is_not_finite_is_null_and_comes_back(circuit: minexp.Circuit) -> None:
+    assert circuit.test is not None
+    odd = replace(
+        circuit, test=replace(circuit.test, faithfulness=math.nan, curve=(math.inf, 1.0), elsewhere=None)
+    )
+    text = json.dumps(odd.to_json(), allow_nan=False)
+    again = minexp.Circuit.from_json(json.loads(text))
+    assert again.test is not None
+    assert (
+        math.isnan(again.test.faithfulness)
+        and math.isnan(again.test.curve[0])
+        and again.test.elsewhere is None
+    )
+
+
+def _without(content: dict[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in content.items() if name != key}
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (
+            lambda c: c | {"format": "minexp.circuit/9"},
+            "format 'minexp.circuit/9'; this version reads minexp.circuit/1",
+        ),
+        (lambda c: [1, 2], "format 'list'"),
+        (lambda c: _without(c, "nodes"), "nodes"),
+        (lambda c: c | {"surprise": 1}, "surprise"),
+        (
+            lambda c: c | {"nodes": [{"layer": "stem", "unit": 99, "rank": 0, "score": 1.0}]},
+            "unit 99 of stem",
+        ),
+        (lambda c: c | {"nodes": [{"layer": "nowhere", "unit": 0, "rank": 0, "score": 1.0}]}, "nowhere"),
+        (
+            lambda c: (
+                c
+                | {
+                    "edges": [
+                        {
+                            "source_layer": "stem",
+                            "source": 0,
+                            "target_layer": "sum",
+                            "target": -1,
+                            "effect": 1.0,
+                        }
+                    ]
+                }
+            ),
+            "sum/-1",
+        ),
+        (lambda c: c | {"test": {"full": 1.0}}, "empty"),
+    ],
+)
+def test_damaged_files_say_what_is_wrong(
+    circuit: minexp.Circuit, tmp_path: Path, change: Any, match: str
+) -> None:
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps(change(circuit.to_json())))
+    with pytest.raises(VerifyError, match=match) as error:
+        minexp.Circuit.load(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_files_that_are_none(circuit: minexp.Circuit, tmp_path: Path) -> None:
+    (tmp_path / "c.json").write_text("{")
+    with pytest.raises(VerifyError, match="not JSON"):
+        minexp.Circuit.load(tmp_path / "c.json")
+    with pytest.raises(RequestError, match="No such file"):
+        minexp.Circuit.load(tmp_path / "d.json")
+    with pytest.raises(RequestError, match=r"\.json or \.graphml, not c\.pkl"):
+        circuit.save(tmp_path / "c.pkl")
+
+
+def test_as_a_graph(circuit: minexp.Circuit, tmp_path: Path) -> None:
+    graph = circuit.to_networkx()
+    assert set(graph.nodes) == {f"{n.layer}/{n.unit}" for n in circuit.nodes} | {"score/0"}
+    skip = next(e for e in circuit.edges if (e.source_layer, e.source, e.target_layer) == ("stem", 0, "sum"))
+    assert graph.edges["stem/0", f"sum/{skip.target}"]["effect"] == skip.effect
+    assert networkx.is_directed_acyclic_graph(graph)
+    circuit.save(tmp_path / "c.graphml")
+    again = networkx.read_graphml(tmp_path / "c.graphml")
+    assert set(again.nodes) == set(graph.nodes) and set(again.edges) == set(graph.edges)
+    assert again.nodes["stem/0"]["rank"] == graph.nodes["stem/0"]["rank"]
+
+
+def test_a_part_of_a_circuit_keeps_the_edges_within_it(circuit: minexp.Circuit) -> None:
+    part = circuit.at(3)
+    there = {(n.layer, n.unit) for n in part.nodes}
+    assert [n.rank for n in part.nodes] == [0, 1, 2] and part.size == 3 / circuit.universe
+    assert 0 < len(part.edges) < len(circuit.edges)
+    assert all((e.source_layer, e.source) in there for e in part.edges)
+    assert all(e.target_layer == "score" or (e.target_layer, e.target) in there for e in part.edges)
+    assert {e.source_layer for e in part.links} == {"sum"}
+
+
+def test_it_says_what_it_is(circuit: minexp.Circuit) -> None:
+    text = repr(circuit)
+    assert text.startswith("Circuit(warm · exact · 6 of 6 nodes (100.0%)") and "faithfulness 1.00" in text
+    assert "under mean ablation" in text
+    assert Node("a", 0, 0, 1.0) != Node("a", 1, 0, 1.0) and Edge("a", 0, "b", 0, 1.0).change is None
+    assert Interval(0.0, -1.0, 1.0, 3).n == 3
+
+
+def test_tested_again_under_another_ablation(circuit: minexp.Circuit, tmp_path: Path) -> None:
+    part = circuit.at(4)
+    test = part.ablate("zero", controls=3)
+    assert test.ablation == "zero" and test.faithfulness == pytest.approx(1) and test.empty == 0
+    assert test.random_drop is not None and test.random_drop.n == 3
+    assert part.ablate(controls=0).ablation == "mean"
+    circuit.save(tmp_path / "c.json")
+    loaded = minexp.Circuit.load(tmp_path / "c.json")
+    with pytest.raises(RequestError, match=r"minexp\.ablate_circuit\(circuit, classifier, x\)"):
+        loaded.ablate()
+    classifier = toys.classifier(toys.Skip())
+    again = minexp.ablate_circuit(loaded.at(4), classifier, toys.image(), ablation="zero", controls=3)
+    assert again.faithfulness == pytest.approx(test.faithfulness) and again.full == test.full
+    with pytest.raises(RequestError, match="read from another classifier"):
+        minexp.ablate_circuit(loaded, toys.classifier(toys.Chain()), toys.image())
