@@ -54,7 +54,8 @@ SPENT = (
     "seconds",
     "memory_mb",
 )  # seconds and memory: of the run, shared
-FINE = 0.25  # share of the images that are reduced to finer cells, too
+FINE = 0.125  # share of the images that are reduced to finer cells, too
+FEW = 30  # images below which a point of the plots is hollow
 CONTROLLED = 60  # images of the wrong-class control
 SMALLEST = 0.01  # share of pixels that a peer's binarisation begins with
 AUDIT = 4  # draws a family
@@ -364,19 +365,27 @@ def plot(rows: Sequence[dict[str, Any]], stem: Path) -> None:
         figure = Figure(figsize=(7, 5), layout="constrained")
         axes = figure.subplots()
         for line in rows:
-            ours = line["explainer"].startswith("minexp")
+            ours, few = line["explainer"].startswith("minexp"), line["images"] < FEW
             axes.plot(
-                line[column], line["area"], "o" if ours else "s", color="#c2410c" if ours else "#475569"
+                line[column],
+                line["area"],
+                "o" if ours else "s",
+                color="#c2410c" if ours else "#475569",
+                fillstyle="none" if few else "full",
             )
-            text = line["explainer"].removeprefix("minexp ") + (
-                "" if line["budget"] == "default" else f" ({line['budget']})"
-            )
+            text = line["explainer"].removeprefix("minexp ")
+            text += "" if line["budget"] == "default" else f" ({line['budget']})"
+            text += f", {line['images']} images" if few else ""
             axes.annotate(
-                text, (line[column], line["area"]), xytext=(5, 3), textcoords="offset points", fontsize=8
+                text,
+                (line[column], line["area"]),
+                xytext=(5, -11 if ours else 3),
+                textcoords="offset points",
+                fontsize=8,
             )
         if column == "evaluations":
             axes.set_xscale("log")
         axes.set(xlabel=title, ylabel="share of the pixels kept", ylim=(0, None))
-        axes.margins(x=0.12)  # room for the names
+        axes.margins(x=0.2)  # room for the names
         axes.grid(alpha=0.25)
         figure.savefig(stem.with_name(f"{stem.name}_{name}.png"), dpi=120)
