@@ -46,11 +46,11 @@ VARIANTS: dict[str, Objective] = {
 
 
 def measure(
-    quiet: bool, *, images: int = 100, out: str | None = None, steps: int = 60
+    quiet: bool, *, images: int = 100, out: str | None = None, steps: int = 60, seed: int = 0
 ) -> list[dict[str, Any]]:
     """A row a variant, on scenes of the validation split; the classifier of `--out`/plain, or one trained for this."""
     classifier, masker = prepared("plain", None if out is None else Path(out))
-    data = scenes.make("plain", images, split="validation")
+    data = scenes.make("plain", images, seed=seed, split="validation")
     x = torch.from_numpy(data.images).permute(0, 3, 1, 2).float() / 255
     truth = torch.from_numpy(data.truth)
     judge = Judge(classifier, Predicate(), make_backgrounds(classifier, masker))

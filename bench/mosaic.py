@@ -249,7 +249,12 @@ def table(
 
 
 def measure(
-    quiet: bool, *, images: int = 96, sizes: Sequence[int] = tuple(GRIDS), subjects: Sequence[str] = SUBJECTS
+    quiet: bool,
+    *,
+    images: int = 96,
+    sizes: Sequence[int] = tuple(GRIDS),
+    subjects: Sequence[str] = SUBJECTS,
+    seed: int = 77,
 ) -> list[dict[str, Any]]:
     """Rows for every m and subject, and for a softmax subject trained on leaking backgrounds."""
     rows: list[dict[str, Any]] = []
@@ -257,7 +262,7 @@ def measure(
         for kind, leak in [*((kind, False) for kind in subjects), ("softmax", True), ("cnn", True)]:
             started = time.perf_counter()
             model = subject(kind, m, leak=leak)
-            data = mosaics(images, m, seed=77, leak=leak)
+            data = mosaics(images, m, seed=seed, leak=leak)
             with torch.no_grad():
                 predicted = model(data.images).argmax(1)
             model_tile = occlusion(model, data, predicted).argmax(1)

@@ -3,7 +3,7 @@
 A peer's map is binarised by adding pixels in rank order, growing and then bisecting, until the predicate holds; what
 that takes is charged to it, as the repair of a mask is to minexp. Every mask is then audited on draws that nobody has
 seen, at nobody's cost. Means have bootstrap 95 % intervals; `paired` is the area less that of minexp's `minimal` on the
-same images, with its interval.
+same images, with its interval. What was measured is written image by image, and a run that was stopped goes on from it.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from minexp.backgrounds import HELD_OUT, RANDOM, Backgrounds
 from minexp.classifier import Classifier
 from minexp.controls import wrong_class
 from minexp.data import scenes, subjects
+from minexp.data.files import replacing, write_text
 from minexp.explanation import explain, make_backgrounds
 from minexp.judge import Judge, dilate
 from minexp.masker import Masker, load_masker
@@ -40,16 +42,24 @@ from minexp.training import fit
 COLUMNS = (
     *("explainer", "budget", "images", "area", "area_ci", "paired", "paired_ci", "held", "held_ci", "train"),
     *("kept", "dilated", "inside", "pointing", "complement", "components", "insertion", "deletion"),
-    *("evaluations", "seconds", "memory_mb", "failed"),
+    *("evaluations", "seconds", "memory_mb", "failed", "wrong_class"),
 )
 FIGURES = ("area", "held", "train", "kept", "dilated", "inside", "pointing", "complement", "components")
 CURVES = ("insertion", "deletion")
+SPENT = (
+    "evaluations",
+    "failed",
+    "wrong_class",
+    "seconds",
+    "memory_mb",
+)  # seconds and memory: of the run, shared
+CONTROLLED = 60  # images of the wrong-class control
 SMALLEST = 0.01  # share of pixels that a peer's binarisation begins with
 AUDIT = 4  # draws a family
 LEVELS = 8  # points of the insertion and deletion curves
 
 
-@dataclass
+@dataclass(frozen=True)
 class Found:
     """What one explainer found: masks bool [N,1,H,W], maps [N,H,W], evaluations and CPU seconds an image."""
 
@@ -60,7 +70,19 @@ class Found:
     holds: Tensor
     evaluations: Tensor
     seconds: float
-    figures: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The figures of one explainer's masks, each an array of one value an image; NaN where an image has none."""
+
+    name: str
+    budget: str
+    figures: dict[str, np.ndarray]
+
+    def mean(self, name: str) -> float:
+        values = self.figures[name]
+        return float(np.nanmean(values)) if np.isfinite(values).any() else math.nan
 
 
 def of_peer(peer: Peer, judge: Judge, x: Tensor, label: Tensor, budget: int | None) -> Found:
@@ -117,27 +139,28 @@ def of_minexp(
     )
 
 
-def audit(found: Found, judge: Judge, x: Tensor, label: Tensor, truth: Tensor) -> None:
-    """Fill in the figures of an explainer's masks, one value an image."""
+def audit(found: Found, judge: Judge, x: Tensor, label: Tensor, truth: Tensor) -> Measured:
+    """The figures of an explainer's masks, measured on draws that nobody has seen, at nobody's cost."""
+    figures: dict[str, np.ndarray] = {}
     masks, default = found.masks, judge.backgrounds.default(x)
     for name, families in (("train", RANDOM), ("held", HELD_OUT)):
         draws = [(family, 1000 + number) for family in families for number in range(AUDIT)]
-        found.figures[name] = judge.kept_on(x, label, masks, draws, "audit", 4096).float().mean(1).numpy()
+        figures[name] = judge.kept_on(x, label, masks, draws, "audit", 4096).float().mean(1).numpy()
     shown = {"kept": masks, "dilated": dilate(masks)}
     for name, mask in shown.items():
         kept = judge.logits(torch.where(mask, x, default)).argmax(1) == label
-        found.figures[name] = kept.float().numpy()
+        figures[name] = kept.float().numpy()
     rest = judge.logits(torch.where(masks, default, x)).softmax(1)
-    found.figures["complement"] = rest.gather(1, label[:, None])[:, 0].numpy()
+    figures["complement"] = rest.gather(1, label[:, None])[:, 0].numpy()
     area = masks.flatten(1).float()
-    found.figures["area"] = area.mean(1).numpy()
-    found.figures["components"] = np.array([components(m[0].numpy()) for m in masks], float)
+    figures["area"] = area.mean(1).numpy()
+    figures["components"] = np.array([components(m[0].numpy()) for m in masks], float)
     decided = truth.flatten(1).any(1)
     inside = (masks[:, 0] & truth).flatten(1).sum(1) / area.sum(1).clamp_min(1)
-    found.figures["inside"] = torch.where(decided, inside, torch.nan).numpy()
+    figures["inside"] = torch.where(decided, inside, torch.nan).numpy()
     top = found.maps.flatten(1).argmax(1)
     hit = truth.flatten(1).gather(1, top[:, None])[:, 0].float()
-    found.figures["pointing"] = torch.where(decided, hit, torch.nan).numpy()
+    figures["pointing"] = torch.where(decided, hit, torch.nan).numpy()
     rank = found.maps.flatten(1).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     for name in CURVES:
         scores = []
@@ -146,7 +169,14 @@ def audit(found: Found, judge: Judge, x: Tensor, label: Tensor, truth: Tensor) -
             kept_part = chosen if name == "insertion" else ~chosen
             p = judge.logits(torch.where(kept_part, x, default)).softmax(1)
             scores.append(p.gather(1, label[:, None])[:, 0])
-        found.figures[name] = torch.stack(scores).mean(0).numpy()
+        figures[name] = torch.stack(scores).mean(0).numpy()
+    n = len(x)
+    figures["evaluations"] = found.evaluations.double().numpy()
+    figures["failed"] = (~found.holds).double().numpy()
+    figures["wrong_class"] = np.full(n, math.nan)
+    figures["seconds"] = np.full(n, found.seconds)
+    figures["memory_mb"] = np.full(n, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    return Measured(found.name, found.budget, figures)
 
 
 def interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
@@ -160,22 +190,17 @@ def interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def row(found: Found, reference: Found | None) -> dict[str, Any]:
+def row(measured: Measured, reference: Measured | None) -> dict[str, Any]:
     """One line of the table."""
-    line: dict[str, Any] = {"explainer": found.name, "budget": found.budget, "images": len(found.masks)}
-    for name in (*FIGURES, *CURVES):
-        values = found.figures[name]
-        line[name] = float(np.nanmean(values)) if np.isfinite(values).any() else math.nan
-        if name in ("area", "held"):
-            line[f"{name}_ci"] = "{:.3f}–{:.3f}".format(*interval(values))
-    if reference is not None and reference is not found:
-        difference = found.figures["area"] - reference.figures["area"][: len(found.masks)]
+    area = measured.figures["area"]
+    line: dict[str, Any] = {"explainer": measured.name, "budget": measured.budget, "images": len(area)}
+    line |= {name: measured.mean(name) for name in (*FIGURES, *CURVES, *SPENT)}
+    for name in ("area", "held"):
+        line[f"{name}_ci"] = "{:.3f}–{:.3f}".format(*interval(measured.figures[name]))
+    if reference is not None and reference is not measured:
+        difference = area - reference.figures["area"][: len(area)]
         line["paired"] = float(difference.mean())
         line["paired_ci"] = "{:+.3f}–{:+.3f}".format(*interval(difference))
-    line["evaluations"] = float(found.evaluations.double().mean())
-    line["seconds"] = found.seconds
-    line["memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    line["failed"] = float((~found.holds).double().mean())
     return line
 
 
@@ -204,45 +229,42 @@ def measure(
     out: str | None = None,
     variant: scenes.Variant = "plain",
     peers: str | None = None,
+    seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """Rows for minexp's efforts and every peer that can be imported.
+    """Rows for minexp's efforts and every peer that can be imported, on test scenes of this seed.
 
-    Explainers whose default takes thousands of evaluations are run so on a fortieth of the images, and on a tenth
-    of them with a budget of 256. peers: names of those to run, separated by commas, or "none". With ``out``, also a
-    Markdown and a CSV table and two plots there.
+    Slow explainers see fewer images: `Peer.shares`. peers: names of those to run, separated by commas, or "none".
+    With ``out``, also a Markdown and a CSV table, the figures of every image, and two plots there; what a run with the
+    same images, seed and models has measured there already is used.
     """
-    folder = None if out is None else Path(out)
-    classifier, masker = prepared(variant, folder)
-    data = scenes.make(variant, images, split="test")
+    stem = None if out is None else Path(out) / variant
+    classifier, masker = prepared(variant, None if out is None else Path(out))
+    data = scenes.make(variant, images, seed=seed, split="test")
     x = torch.from_numpy(data.images).permute(0, 3, 1, 2).float() / 255
     truth = torch.from_numpy(data.patch if variant == "shortcut" else data.truth)
     backgrounds = make_backgrounds(classifier, masker)
     judge = Judge(classifier, Predicate(), backgrounds)
     label = judge.logits(x).argmax(1)
-    results: list[Found] = []
-    rows: list[dict[str, Any]] = []
+    job = f"{images} images, seed {seed}, classifier {classifier.fingerprint[:12]}"
+    results = [] if stem is None else read(stem, job)
 
-    def add(found: Found) -> None:
-        n = len(found.masks)
-        audit(found, judge, x[:n], label[:n], truth[:n])
-        results.append(found)
-        minimal = next((f for f in results if f.name == "minexp minimal"), None)
-        rows.append(row(found, minimal))
-        if folder is not None:  # written as it goes: a long run that is stopped leaves what it has
-            write(rows, folder / variant)
+    def add(name: str, budget: str, find: Callable[[], Found]) -> None:
+        if not any((known.name, known.budget) == (name, budget) for known in results):
+            found = find()
+            n = len(found.masks)
+            measured = audit(found, judge, x[:n], label[:n], truth[:n])
+            if name == "minexp minimal":
+                few = slice(0, CONTROLLED)
+                wrong = wrong_class(judge, x[few], found.masks[few], Refinement())
+                measured.figures["wrong_class"][few] = wrong.double().numpy()
+            results.append(measured)
+        if stem is not None:  # as it goes: a long run that is stopped leaves what it has
+            write(table(results), results, stem, job)
         if not quiet:
-            print(
-                {k: rows[-1][k] for k in ("explainer", "budget", "area", "held", "evaluations")},
-                file=sys.stderr,
-            )
+            print(f"{name} ({budget}): done", file=sys.stderr)
 
     for effort in reversed(EFFORTS):
-        add(of_minexp(effort, judge, x, masker, backgrounds))
-    few = x[: max(2, images // 10)]
-    wrong = wrong_class(judge, few, results[0].masks[: len(few)], Refinement(steps=60))
-    if not quiet:
-        share = wrong.float().mean().item()
-        print(f"wrong-class control: {share:.3f} of {len(few)} pass with as many pixels", file=sys.stderr)
+        add(f"minexp {effort}", "default", partial(of_minexp, effort, judge, x, masker, backgrounds))
     chosen = None if peers is None else {name.strip() for name in peers.split(",")}
     for peer in PEERS:
         if chosen is not None and peer.name not in chosen:
@@ -250,35 +272,66 @@ def measure(
         if (why := missing(peer)) is not None:
             print(why, file=sys.stderr)
             continue
-        runs = (
-            [(None, images)]
-            if not peer.heavy
-            else [(256, max(2, images // 10)), (None, max(2, images // 40))]
-        )
-        for budget, count in runs:
+        for budget, share in peer.shares:
+            n, shown = max(2, round(images * share)), "default" if budget is None else str(budget)
             try:
-                add(of_peer(peer, judge, x[:count], label[:count], budget))
+                add(peer.name, shown, partial(of_peer, peer, judge, x[:n], label[:n], budget))
             except Exception as error:  # a peer that breaks is left out, and said to be
                 print(f"{peer.name} failed: {type(error).__name__}: {error}", file=sys.stderr)
-    if folder is not None:
-        plot(rows, folder / variant)
+    rows = table(results)
+    if stem is not None:
+        plot(rows, stem)
     return rows
 
 
-def write(rows: Sequence[dict[str, Any]], stem: Path) -> None:
-    """The table as Markdown and CSV."""
+def table(results: Sequence[Measured]) -> list[dict[str, Any]]:
+    """A line an explainer, minexp's first; `paired` is against its `minimal`, where that was run."""
+    results = sorted(results, key=lambda found: not found.name.startswith("minexp"))
+    minimal = next((found for found in results if found.name == "minexp minimal"), None)
+    return [row(found, minimal) for found in results]
+
+
+def read(stem: Path, job: str) -> list[Measured]:
+    """What an earlier run of this job has measured."""
+    path = stem.with_name(f"{stem.name}_images.csv")
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        lines = [line for line in csv.DictReader(file) if line["job"] == job]
+    names = (*FIGURES, *CURVES, *SPENT)
+    return [
+        Measured(*key, {n: np.array([float(line[n]) for line in group]) for n in names})
+        for key, group in (
+            (key, [line for line in lines if (line["explainer"], line["budget"]) == key])
+            for key in dict.fromkeys((line["explainer"], line["budget"]) for line in lines)
+        )
+    ]
+
+
+def write(rows: Sequence[dict[str, Any]], results: Sequence[Measured], stem: Path, job: str) -> None:
+    """The table as Markdown and CSV, and the figures of every image as CSV."""
     stem.parent.mkdir(parents=True, exist_ok=True)
-    with stem.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="")
+    names = (*FIGURES, *CURVES, *SPENT)
+    with replacing(stem.with_suffix(".csv")) as path, path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="", extrasaction="ignore")
         writer.writeheader()
-        writer.writerows({k: v for k, v in line.items() if k in COLUMNS} for line in rows)
+        writer.writerows(rows)
+    single = stem.with_name(f"{stem.name}_images.csv")
+    with replacing(single) as path, path.open("w", encoding="utf-8", newline="") as file:
+        lines = csv.writer(file)
+        lines.writerow(["job", "explainer", "budget", "image", *names])
+        for found in results:
+            for image, values in enumerate(zip(*(found.figures[name] for name in names), strict=True)):
+                lines.writerow([job, found.name, found.budget, image, *(f"{value:.6g}" for value in values)])
     shown = [[_cell(line.get(column)) for column in COLUMNS] for line in rows]
-    lines = ["| " + " | ".join(cells) + " |" for cells in (list(COLUMNS), ["---"] * len(COLUMNS), *shown)]
-    stem.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    cells = ["| " + " | ".join(line) + " |" for line in (list(COLUMNS), ["---"] * len(COLUMNS), *shown)]
+    write_text(stem.with_suffix(".md"), "\n".join(cells) + "\n")
 
 
 def _cell(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else "" if value is None else str(value)
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def plot(rows: Sequence[dict[str, Any]], stem: Path) -> None:

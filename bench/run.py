@@ -31,7 +31,7 @@ COLUMNS = (
     "bandwidth",
 )
 NOT_SUITES = ("run", "test_kernels", "attributions")
-OPTIONS = ("images", "out", "variant", "peers", "model", "data", "weights", "scenes", "rows")
+OPTIONS = ("images", "out", "variant", "peers", "seed", "model", "data", "weights", "scenes", "rows")
 SUITES = tuple(sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in NOT_SUITES))
 
 
@@ -53,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("weights", "its weights"),
     ):
         parser.add_argument(f"--{name}", help=what)
+    parser.add_argument("--seed", type=int, help="seed of the scenes")
     options = parser.parse_args(argv)
     folder = str(Path(__file__).resolve().parent)
     sys.path[:0] = [] if folder in sys.path else [folder]

@@ -37,7 +37,8 @@ def certify(
     target, default, mask = judge.target, judge.backgrounds.default(x), found.masks
     decision, labels = target.decide(logits), target.label(logits).tolist()
     asked = (mask, ~mask, dilate(mask)) if again else (~mask, dilate(mask))
-    probe = judge.logits(torch.cat([torch.where(m, x, default) for m in asked])).view(len(asked), len(x), -1)
+    probe = judge.logits(torch.cat([judge.question.show(m, x, default) for m in asked]))
+    probe = probe.view(len(asked), len(x), -1)
     masked, complement, wider = probe if again else (found.scores, *probe)
     families = [*RANDOM, *HELD_OUT]
     if judge.backgrounds.reference is not None:
@@ -50,7 +51,8 @@ def certify(
     spent = 1 + len(asked) + len(draws)  # f(x), the probes, the draws
     probes = (logits, masked, complement, judge.empty(x).expand_as(logits))
     confidences = [target.confidence(scores, decision).tolist() for scores in probes]
-    same_as, dilated_as = (target.kept(scores, decision).tolist() for scores in (masked, wider))
+    answers = (judge.question.margin(target, scores, decision) > 0 for scores in (masked, wider))
+    same_as, dilated_as = (answer.tolist() for answer in answers)
     labels_masked = target.label(masked).tolist()
     rho = judge.predicate.rho if judge.predicate.kind == "robust" else None
     rows = []

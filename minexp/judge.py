@@ -65,7 +65,7 @@ class Judge:
     @property
     def claim(self) -> str:
         """What the predicate asks, in words."""
-        return self.predicate.claim(str(self.target))
+        return self.predicate.claim(self.question.claim(str(self.target)))
 
     def stricter(self, factor: int) -> Judge:
         """The same judge with that many times the draws; where masks may pass early, what it accepts passes here."""

@@ -24,6 +24,9 @@ class Question(Protocol):
     def show(self, mask: Tensor, x: Tensor, background: Tensor) -> Tensor:
         """What a mask [B,1,H,W] (bool) leaves of x [B,C,H,W]."""
 
+    def claim(self, kept: str) -> str:
+        """What a mask that answers it shows, in words; kept: when the decision is kept."""
+
     def margin(self, target: Target, scores: Tensor, decision: Tensor) -> Tensor:
         """By how much scores [B,K] answer it, given the decisions [B,...] of whole images: [B], > 0 where they do."""
 
@@ -35,6 +38,9 @@ class Sufficient:
 
     def show(self, mask: Tensor, x: Tensor, background: Tensor) -> Tensor:
         return torch.where(mask, x, background)
+
+    def claim(self, kept: str) -> str:
+        return kept
 
     def margin(self, target: Target, scores: Tensor, decision: Tensor) -> Tensor:
         return _signed(target.kept(scores, decision), target.confidence(scores, decision))
@@ -48,6 +54,9 @@ class Necessary:
     def show(self, mask: Tensor, x: Tensor, background: Tensor) -> Tensor:
         return torch.where(mask, background, x)
 
+    def claim(self, kept: str) -> str:
+        return f"{kept} only with these pixels"
+
     def margin(self, target: Target, scores: Tensor, decision: Tensor) -> Tensor:
         return _signed(~target.kept(scores, decision), 1 - target.confidence(scores, decision))
 
@@ -57,6 +66,9 @@ class Contrast(Sufficient):
     """Are these pixels enough to tell the class from one other?"""
 
     rival: int
+
+    def claim(self, kept: str) -> str:
+        return f"ahead of class {self.rival}"
 
     def margin(self, target: Target, scores: Tensor, decision: Tensor) -> Tensor:
         return scores.gather(1, decision[:, None])[:, 0] - scores[:, self.rival]

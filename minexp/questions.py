@@ -8,15 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .certificate import Certificate
 from .certify import certify
 from .classifier import Classifier
-from .errors import RequestError
+from .errors import MinexpError, RequestError
 from .explanation import Explanation, bind, explain
 from .judge import Judge
 from .masker import Masker
 from .minimise import Minimisation, minimise
 from .predicate import Contrast, Necessary
 from .repair import SPARING, Masks, local_order, threshold_masks
+from .targets import Target
 
 NOT_ENOUGH = "the pixels that no other explanation uses are not enough"
 FROM_ALL = 3  # grids that a mask of everything is reduced on, the coarsest first
@@ -27,7 +29,8 @@ class Removal:
     """Necessary sets: without the pixels of masks bool [B,H,W] the class is lost, and no cell of them could stay.
 
     flips [B]: whether any removal takes the class away (False: an empty image has it, too); becomes [B]: the class
-    that the rest of the image is given; minimal_at [B]: the cell's side in pixels, 0 where unproven.
+    that the rest of the image is given; minimal_at [B]: the cell's side in pixels, 0 where unproven; evaluations [B],
+    the certificates' included. Certificates are about the removal: kept and robust say that the class went with it.
     """
 
     masks: Tensor
@@ -35,6 +38,12 @@ class Removal:
     becomes: Tensor
     minimal_at: Tensor
     evaluations: Tensor
+    certificates: tuple[Certificate, ...]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row an image with the store's columns, but for where the image came from."""
+        masks = self.masks.cpu().numpy()
+        return [c.row(mask, 0.0) for c, mask in zip(self.certificates, masks, strict=True)]
 
 
 def multiple(
@@ -52,7 +61,8 @@ def multiple(
     judge = judge.stricter(2)
     label, used = judge.target.decide(logits), found[0].masks.clone()
     open_ = torch.tensor([c.certified for c in found[0].certificates], device=x.device)
-    settings = options.get("minimisation") or Minimisation(levels=FROM_ALL)
+    settings = options.get("minimisation") or Minimisation()
+    settings = replace(settings, levels=max(settings.levels, FROM_ALL))
     with classifier.frozen():
         for _ in range(count - 1):
             rest = ~used[:, None]
@@ -62,11 +72,7 @@ def multiple(
             less = minimise(judge, x, label, start, settings)
             less = replace(less, masks=less.masks & holds[:, None, None, None])
             certificates = [
-                c
-                if h
-                else replace(
-                    c, certified=False, reason="the pixels that no other explanation uses are not enough"
-                )
+                c if h else replace(c, certified=False, reason=NOT_ENOUGH)
                 for c, h in zip(certify(judge, x, logits, less), holds.tolist(), strict=True)
             ]
             found.append(replace(found[0], masks=less.masks[:, 0], certificates=tuple(certificates)))
@@ -79,9 +85,14 @@ def contrast(
 ) -> Explanation:
     """Why the class, and not ``rival``? The fewest pixels on which the class stays ahead of that one.
 
-    1-minimal, as `explain` with effort minimal; the certificates' robustness is that of this question. RequestError
-    where ``rival`` is the class of an image itself, or no class.
+    1-minimal, as `explain` with effort minimal; the certificates' kept and robust are those of this question.
+    RequestError where ``rival`` is no class, or classes are not what is explained; MinexpError where it is the class of
+    an image itself.
     """
+    if classifier.target.key() != Target().key():
+        raise RequestError(
+            f"a contrast is between classes, and the target is {classifier.target}; leave it out"
+        )
     if not 0 <= rival < classifier.num_classes:
         raise RequestError(
             f"class {rival} of {classifier.num_classes}; give 0 to {classifier.num_classes - 1}"
@@ -89,7 +100,7 @@ def contrast(
     judge, x, logits = bind(classifier, x, masker, **_known(options))
     label = judge.target.decide(logits)
     if (label == rival).any():
-        raise RequestError(
+        raise MinexpError(
             f"an image is classified as {classifier.class_names[rival]} itself; ask about another class"
         )
     judge = judge.about(Contrast(rival)).stricter(2)
@@ -103,12 +114,16 @@ def necessary(classifier: Classifier, x: Tensor, masker: Masker | None = None, *
     judge, x, logits = bind(classifier, x, masker, **_known(options))
     judge = judge.about(Necessary())
     found = _reduced(judge, x, judge.target.decide(logits), masker, options.get("minimisation"))
+    found = replace(found, masks=found.masks & found.holds[:, None, None, None])
+    certificates = certify(judge, x, logits, found)
+    evaluations = torch.tensor([c.evaluations for c in certificates])
     return Removal(
-        found.masks[:, 0] & found.holds[:, None, None],
+        found.masks[:, 0],
         found.holds,
         found.scores.argmax(1),
         found.minimal_at,
-        found.evaluations + 1,
+        evaluations,
+        tuple(certificates),
     )
 
 

@@ -28,6 +28,7 @@ from .errors import RequestError
 from .masker import Architecture, Masker, straight_through
 from .microbatch import out_of_memory
 from .objective import AreaDual, Objective, evaluate_terms, make_target, preset
+from .ranks import ALONE, Ranks, joined, whole_batches
 
 REFERENCES = 32  # images stored with the masker, for the backgrounds of explanations
 CHECKPOINT_EVERY = 200  # steps
@@ -69,11 +70,49 @@ def fit(
     steps (default 1500) or epochs over the images bound the training. With ``out`` (a .safetensors path) the
     masker is written there, its training curve beside it (.csv, .png), and a killed run resumes from its last
     checkpoint: every step draws from (seed, step) alone, so that a resumed run equals an undisturbed one.
-    Raises RequestError for fewer than two images or a size the masker cannot take.
+    Under torchrun the processes share each batch and get the masker that one process would, up to rounding; the
+    first of them writes. Raises RequestError for fewer than two images or a size the masker cannot take.
     """
-    objective = preset(preset_name) if objective is None else objective
+    with joined(classifier.device) as ranks:
+        return _fit(
+            classifier,
+            images,
+            ranks,
+            preset_name=preset_name,
+            objective=preset(preset_name) if objective is None else objective,
+            steps=steps,
+            epochs=epochs,
+            batch=batch,
+            lr=lr,
+            out=out,
+            seed=seed,
+            resume=resume,
+            progress=progress and ranks.first,
+            on_step=on_step,
+        )
+
+
+def _fit(
+    classifier: Classifier,
+    images: Any,
+    ranks: Ranks,
+    *,
+    preset_name: str,
+    objective: Objective,
+    steps: int | None,
+    epochs: float | None,
+    batch: int,
+    lr: float,
+    out: str | Path | None,
+    seed: int,
+    resume: bool,
+    progress: bool,
+    on_step: Callable[[Step], None] | None,
+) -> Masker:
     pixels = as_pixels(images, classifier, progress=progress)
     batch = min(batch, len(pixels))
+    if batch < ranks.count:
+        raise RequestError(f"a batch of {batch} images for {ranks.count} processes; give each at least one")
     steps = _steps(steps, epochs, len(pixels), batch)
     _, channels, height, width = pixels.shape
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
@@ -83,11 +122,14 @@ def fit(
     picks = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))[:REFERENCES]
     masker.reference = pixels[picks].to(classifier.device)
     masker.mean = _mean_colour(pixels).to(classifier.device)
-    run = _Run(classifier, masker, objective, pixels, steps, batch, lr, seed)
+    run = _Run(classifier, masker, objective, pixels, steps, batch, lr, seed, ranks)
     checkpoint = _Checkpoint(Path(out), run.identity(preset_name)) if out is not None else None
     resumed = checkpoint.restore(run) if checkpoint is not None and resume else False
+    if not ranks.agree(run.step):
+        raise RequestError("the processes find different checkpoints; give an --out that all of them share")
     with (
         classifier.frozen(),
+        whole_batches(masker, ranks),
         tqdm(total=steps, initial=run.step, desc="masker", disable=None if progress else True) as bar,
     ):
         while run.step < steps:
@@ -102,7 +144,12 @@ def fit(
                 )
             if on_step is not None:
                 on_step(record)
-            if checkpoint is not None and run.step % CHECKPOINT_EVERY == 0 and run.step < steps:
+            if (
+                checkpoint is not None
+                and ranks.first
+                and run.step % CHECKPOINT_EVERY == 0
+                and run.step < steps
+            ):
                 checkpoint.save(run)
     masker.eval()
     metrics = _final_metrics(run.curve)
@@ -119,8 +166,9 @@ def fit(
         "resumed": resumed,
         "metrics": metrics,
     }
-    _warn_if_collapsed(metrics)
-    if checkpoint is not None:
+    if ranks.first:
+        _warn_if_collapsed(metrics)
+    if checkpoint is not None and ranks.first:
         masker.save(checkpoint.out)
         write_curve(run.curve, checkpoint.out)
         checkpoint.discard()
@@ -140,8 +188,9 @@ class _Run:
         batch: int,
         lr: float,
         seed: int,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.classifier, self.masker, self.objective = classifier, masker, objective
+        self.classifier, self.masker, self.objective, self.ranks = classifier, masker, objective, ranks
         self.pixels, self.steps, self.batch, self.lr, self.seed = pixels, steps, batch, lr, seed
         self.optimiser = torch.optim.AdamW(masker.parameters(), lr=lr, weight_decay=1e-4)
         self.dual = AreaDual(objective)
@@ -178,32 +227,34 @@ class _Run:
         hard = self.step >= objective.soft * self.steps
         for group in self.optimiser.param_groups:
             group["lr"] = self.lr * _rate(self.step, self.steps)
+        drawn = random_mixture(x, masker.mean, rng)  # for all images: a draw depends on those before it
+        mine = self.ranks.share(len(x))
+        x, drawn = x[mine], drawn[mine]
         target = make_target(self.classifier, x, objective, reused=False)
         p = torch.sigmoid(masker(x))
         mask = straight_through(p) if hard else p
         background = masker.mean.view(1, -1, 1, 1)
-        terms = evaluate_terms(
-            objective, self.classifier, x, p, mask, target, background, random_mixture(x, masker.mean, rng)
-        )
-        loss = terms.total(objective, self.dual.value)
-        if not torch.isfinite(loss):
+        terms = evaluate_terms(objective, self.classifier, x, p, mask, target, background, drawn)
+        loss = terms.total(objective, self.dual.value) * (len(x) / self.batch)
+        with torch.no_grad():
+            figures = (
+                (mask > 0.5).float().mean((1, 2, 3)),
+                terms.kept,
+                terms.robust,
+                terms.kept & terms.robust,
+            )
+            sums = [figure.float().sum() / self.batch for figure in figures]
+            whole, area, kept, robust, held = self.ranks.sum(torch.stack([loss, *sums])).tolist()
+        if not math.isfinite(whole):
             raise RequestError(
-                f"training diverged at step {self.step} (loss {loss.item()}); lower --lr, or check the weights for NaN"
+                f"training diverged at step {self.step} (loss {whole}); lower --lr, or check the weights for NaN"
             )
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
+        self.ranks.sum_gradients(masker)
         torch.nn.utils.clip_grad_norm_(masker.parameters(), 1.0)
         self.optimiser.step()
-        held = (terms.kept & terms.robust).float().mean().item()
-        record = Step(
-            self.step,
-            loss.item(),
-            (mask > 0.5).float().mean().item(),
-            terms.kept.float().mean().item(),
-            terms.robust.float().mean().item(),
-            self.dual.value,
-            hard,
-        )
+        record = Step(self.step, whole, area, kept, robust, self.dual.value, hard)
         self.dual.update(held, hard=hard)
         self.curve.append(record)
         self.step += 1

@@ -7,12 +7,15 @@ import torch
 from tiny_models import SIDE, TARGET, counted, filters, noise_images, red_images, red_pixel
 from tiny_models import one_thread as one_thread
 from torch import Tensor
+from trained_tiles import tiles
 
-from minexp.backgrounds import Backgrounds
+from minexp.backgrounds import POOL, RANDOM, Backgrounds
 from minexp.classifier import Classifier
+from minexp.explanation import explain
 from minexp.judge import Judge
 from minexp.minimise import GRADIENT, Minimisation, minimise, single_cells
 from minexp.predicate import Necessary, Predicate
+from minexp.refine import Refinement
 from minexp.repair import Masks
 
 ROBUST = Predicate(rho=0.8, draws=10, early=5)
@@ -142,3 +145,62 @@ def test_a_necessary_set_loses_no_cell_either() -> None:
         assert classifier.logits(shown).argmax() != label[b]
         for lacking in single_cells(found.masks[b : b + 1], 2)[0]:
             assert classifier.logits(torch.where(lacking, torch.tensor(0.9), x[b])[None]).argmax() == label[b]
+
+
+def plainly_holds(
+    classifier: Classifier,
+    predicate: Predicate,
+    backgrounds: Backgrounds,
+    x: Tensor,
+    label: Tensor,
+    masks: Tensor,
+) -> list[bool]:
+    """The predicate for masks [n,H,W] of one image [1,C,H,W]: every draw a forward pass, then its rules as written."""
+    total = predicate.repeats * predicate.draws
+    pool = max(POOL, -(-total // len(RANDOM)))
+    shown = [backgrounds.default(x)]
+    for number in range(total):
+        pick = torch.tensor([[number // len(RANDOM)]])
+        family = RANDOM[number % len(RANDOM)]
+        shown.append(backgrounds.draw(family, x, pick, purpose="predicate", pool=pool)[:, 0])
+    kept = torch.stack(
+        [classifier.logits(torch.where(masks[:, None], x, one)).argmax(1) == label for one in shown], 1
+    )
+    verdicts = []
+    for plain, *draws in kept.tolist():
+        sets = [draws[first : first + predicate.draws] for first in range(0, total, predicate.draws)]
+        verdicts.append(plain and all(all(s[: predicate.early]) or sum(s) >= 0.95 * len(s) for s in sets))
+    return verdicts
+
+
+def test_the_minimal_masks_of_a_trained_classifier_lose_no_cell_either() -> None:
+    """Fifty images, every cell of every mask."""
+    subject, x, cell = tiles().classifier, tiles().x[:50], 4
+    backgrounds = Backgrounds(torch.full((3,), 0.5), tiles().x[50:66])
+    found = explain(
+        subject,
+        x,
+        effort="minimal",
+        backgrounds=backgrounds,
+        refinement=Refinement(steps=15),
+        minimisation=Minimisation(cell=cell),
+        fresh=1,
+    )
+    predicates = {str(p): p for p in (Predicate().stricter(n) for n in (2, 4, 8))}
+    label, tried = subject.logits(x).argmax(1), 0
+    for b, certificate in enumerate(found.certificates):
+        assert certificate.minimal_at == cell
+        predicate, mask = predicates[certificate.predicate], found.masks[b]
+        lacking = []
+        for top in range(0, mask.shape[0], cell):
+            for left in range(0, mask.shape[1], cell):
+                less = mask.clone()
+                less[top : top + cell, left : left + cell] = False
+                if not torch.equal(less, mask):
+                    lacking.append(less)
+        whole, *less_each = plainly_holds(
+            subject, predicate, backgrounds, x[b : b + 1], label[b], torch.stack([mask, *lacking])
+        )
+        assert whole and not any(less_each), b
+        tried += len(lacking)
+    assert tried > 100

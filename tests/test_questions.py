@@ -9,7 +9,7 @@ from tiny_models import one_thread as one_thread
 from torch import Tensor, nn
 
 from minexp.classifier import Classifier
-from minexp.errors import RequestError
+from minexp.errors import MinexpError, RequestError
 from minexp.minimise import Minimisation, single_cells
 from minexp.predicate import Predicate
 from minexp.questions import NOT_ENOUGH, contrast, multiple, necessary
@@ -76,7 +76,7 @@ def test_a_contrast_keeps_what_tells_two_classes_apart() -> None:
         for lacking in single_cells(mask[None, None], 2)[0]:
             scores = classifier.logits(torch.where(lacking, x[b], torch.tensor(0.5))[None])[0]
             assert scores[label[b]] <= scores[rival] + 1e-5
-    with pytest.raises(RequestError, match="another class"):
+    with pytest.raises(MinexpError, match="another class"):
         contrast(classifier, x, int(label[0]), **OPTIONS)
     with pytest.raises(RequestError, match="0 to 3"):
         contrast(classifier, x, 4, **OPTIONS)
@@ -90,6 +90,11 @@ def test_a_necessary_set_takes_the_class_away_and_no_less_does() -> None:
     assert found.masks[0, 2, 2] and found.masks[0, 12, 12] and found.masks[0].sum() <= 8
     assert found.masks[1, 2, 2] and not found.masks[1, 12, 12] and found.masks[1].sum() <= 4
     assert found.becomes.tolist() == [2, 0] and found.minimal_at.tolist() == [2, 2]
+    certificate = found.certificates[0]
+    assert certificate.certified and certificate.kept and "only with these pixels" in certificate.predicate
+    rest = classifier.logits(torch.where(found.masks[:1, None], 0.5, x[:1])).softmax(1)[0, 1]
+    alone = classifier.logits(torch.where(found.masks[:1, None], x[:1], 0.5)).softmax(1)[0, 1]
+    assert abs(certificate.conf_masked - rest) < 1e-5 and abs(certificate.conf_complement - alone) < 1e-5
 
 
 def test_a_class_that_the_empty_image_has_cannot_be_taken_away() -> None:

@@ -22,7 +22,8 @@ class Bench(Command):
         Literal["kernels", "explain", "data", "deploy", "mosaic", "peers", "ablation", "circuit", "scale"]
     ]
     """kernels, explain, data, deploy, scale: times; mosaic: whether the tile that decides is named; peers: against
-    other explainers; ablation: what each term of the objective is worth; circuit: circuits of images and masks."""
+    other explainers; ablation: what each term of the objective is worth; circuit: circuits of images and of
+    explanations."""
     images: int | None = None
     """Images to explain (mosaic, peers, ablation, circuit)."""
     out: Path | None = None
@@ -42,6 +43,8 @@ class Bench(Command):
     """Scenes of a job from end to end (scale)."""
     rows: int | None = None
     """Rows of a synthetic job and store (scale)."""
+    seed: int | None = None
+    """Seed of the scenes (mosaic, peers, ablation)."""
 
     def run(self) -> int:
         import runpy
@@ -52,6 +55,6 @@ class Bench(Command):
                 "the benchmarks are not installed with the package; run this in a source checkout"
             )
         options = [f"--{name}" for name in ("json", "quiet") if getattr(self, name)]
-        names = ("images", "out", "variant", "peers", "model", "data", "weights", "scenes", "rows")
+        names = ("images", "out", "variant", "peers", "seed", "model", "data", "weights", "scenes", "rows")
         options += [f"--{name}={value}" for name in names if (value := getattr(self, name)) is not None]
         return int(runpy.run_path(str(script))["main"]([self.suite, *options]) or DONE)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -42,9 +45,15 @@ class Explain(WithModel):
     match: Literal["kl", "mse", "cosine", "off"] | None = None
     """How that objective compares activations, in place of the preset's way."""
     cell: int | None = None
-    """With minimal: side of a cell in pixels, an 8th of the image by default."""
+    """With minimal, --why-not and --necessary: side of a cell in pixels, an 8th of the image by default."""
     max_evals: int | None = None
-    """With minimal: classifier evaluations an image may take to be reduced; what is left then is not called minimal."""
+    """With those: classifier evaluations an image may take to be reduced; what is left then is not called minimal."""
+    multiple: int = 1
+    """Up to so many disjoint explanations of each image, each enough on its own: the second in OUT/2, and so on."""
+    why_not: str | None = None
+    """A class, by name or number: the fewest pixels that keep the image's own class ahead of that one."""
+    necessary: bool = False
+    """The fewest pixels without which the class is lost, in place of those that are enough for it."""
     predicate: Literal["robust", "top1", "score"] = "robust"
     """What a mask has to do: keep the class on random backgrounds, on the plain background, or keep its probability."""
     rho: float = 0.95
@@ -131,24 +140,28 @@ class Explain(WithModel):
         from ..jobs.local import explain_dataset
         from ..minimise import Minimisation
         from ..predicate import Predicate
+        from ..questions import FROM_ALL
 
         if self.cell is not None:
             at_least_one("--cell", self.cell)
         if self.max_evals is not None:
             at_least_one("--max-evals", self.max_evals)
         minimisation = None
-        if self.effort == "minimal":
+        if self._asks():
+            minimisation = Minimisation(cell=self.cell, levels=FROM_ALL, max_evals=self.max_evals)
+        elif self.effort == "minimal":
             minimisation = Minimisation(cell=self.cell, max_evals=self.max_evals)
         elif self.cell is not None or self.max_evals is not None:
             raise RequestError("--cell and --max-evals belong to --effort minimal; add it, or leave them out")
         source = open_source(self.data, limit=self.limit)
         placement = self._placement(0 if self.device == "cpu" else _gpus())
         classifier, masker = self.subject(None if placement.engine == "local" else "cpu")
-        return explain_dataset(
+        questions = self._questions(classifier)
+        job = partial(
+            explain_dataset,
             classifier,
             source,
             masker,
-            self.out,
             predicate=Predicate(
                 self.predicate, rho=self.rho, draws=self.draws, tau=self.tau, dilated=self.dilated
             ),
@@ -164,6 +177,11 @@ class Explain(WithModel):
             placement=placement,
             load=self.subject,
         )
+        summary = job(self.out, **questions[0])
+        for number, question in enumerate(questions[1:], 2):
+            further = job(self.out / str(number), **question)
+            summary[f"certified_{number}"] = further["certified"]
+        return summary
 
     def subject(self, device: str | None) -> tuple[Classifier, Masker | None]:
         """The classifier and the masker that these options name, on a device (None: as the options say)."""
@@ -171,6 +189,43 @@ class Explain(WithModel):
 
         classifier = (self if device is None else replace(self, device=device)).classifier()
         return classifier, None if self.masker is None else load_masker(self.masker, classifier)
+
+    def _asks(self) -> bool:
+        """Is it another question than which pixels are enough?"""
+        return self.necessary or self.why_not is not None
+
+    def _questions(self, classifier: Classifier) -> list[dict[str, Any]]:
+        """For each store to write, what explains its images in place of `explain`."""
+        from ..jobs.asked import Another, Needed, WhyNot
+
+        at_least_one("--multiple", self.multiple)
+        if (self.multiple > 1) + (self.why_not is not None) + self.necessary > 1:
+            raise RequestError(
+                "--multiple, --why-not and --necessary are questions of their own; give one of them"
+            )
+        if self._asks() and (self.effort is not None or self.preset != "default" or self.match is not None):
+            raise RequestError(
+                "--why-not and --necessary are always reduced until no cell can go; leave --effort, --preset and"
+                " --match out"
+            )
+        if self.necessary:
+            return [{"explain": Needed()}]
+        if self.why_not is not None:
+            return [{"explain": WhyNot(_class(self.why_not, classifier.class_names))}]
+        return [{}, *({"explain": Another(number)} for number in range(2, self.multiple + 1))]
+
+
+def _class(text: str, names: Sequence[str]) -> int:
+    """The number of the class called ``text``, or numbered so."""
+    if text in names:
+        return names.index(text)
+    if text.isdecimal() and int(text) < len(names):
+        return int(text)
+    near = get_close_matches(text, names, 3)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    raise RequestError(
+        f"--why-not {text}: no class of that name, nor number from 0 to {len(names) - 1}{hint}"
+    )
 
 
 def _gpus() -> int:
@@ -214,5 +269,5 @@ _EXPORTED = (
     ),
     *("ema", "target", "keep", "tolerance", "precision", "channels_last", "compile"),
     *("masker", "effort", "predicate", "rho", "draws", "tau", "dilated", "background", "seed"),
-    *("preset", "match", "cell", "max_evals"),
+    *("preset", "match", "cell", "max_evals", "multiple", "why_not", "necessary"),
 )

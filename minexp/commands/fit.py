@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -12,7 +13,7 @@ from .base import DONE, WithModel, at_least_one, table
 
 @dataclass(frozen=True, kw_only=True)
 class Fit(WithModel):
-    """Train a masker for a classifier over a set of images."""
+    """Train a masker for a classifier over a set of images; under torchrun, in several processes."""
 
     example = "minexp fit --model torchvision:resnet18 --data photos/ --out masker.safetensors"
 
@@ -43,7 +44,7 @@ class Fit(WithModel):
 
         at_least_one("--batch", self.batch)
         source = open_source(self.data, limit=self.limit)
-        classifier = self.classifier()
+        classifier = self._on_its_device().classifier()
         masker = fit(
             classifier,
             source,
@@ -63,5 +64,15 @@ class Fit(WithModel):
         summary |= {"area": metrics["area"], "kept": metrics["kept"], "robust_train": metrics["robust"]}
         summary |= {"out": str(self.out)}
         command = f"minexp explain --model {self.model} --masker {self.out} --data {self.data} --out DIR"
-        self.show(summary, f"{table(summary)}\nnext: {command}")
+        if os.environ.get("RANK", "0") == "0":
+            self.show(summary, f"{table(summary)}\nnext: {command}")
         return DONE
+
+    def _on_its_device(self) -> Fit:
+        """Under torchrun each process of a machine takes a GPU of its own."""
+        import torch
+
+        local = os.environ.get("LOCAL_RANK")
+        if local is None or self.device not in ("auto", "cuda") or not torch.cuda.is_available():
+            return self
+        return replace(self, device=f"cuda:{local}")

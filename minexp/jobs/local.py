@@ -22,12 +22,13 @@ from ..explanation import explain, make_backgrounds
 from ..masker import Masker
 from ..minimise import Minimisation
 from ..objective import Match
-from ..predicate import Predicate
+from ..predicate import Predicate, Sufficient
 from ..search import Effort
 from ..weights import state_digest
 from .engine import ONE_PROCESS, Placement, run_job
 from .unit import ImageUnit, Pixels, Row, Unit
 
+_EXPLAIN = explain
 REFERENCES = 32  # images of the data that backgrounds are made from, where no masker brings its own
 Subject = tuple[Classifier, Masker | None]
 
@@ -58,21 +59,21 @@ def explain_dataset(
     stopped goes on with the rows that are missing; `resume=False` starts over. Neither the batch size nor the
     placement changes an answer.
     load: makes the classifier and the masker on a device, in each worker process; without it those given are sent
-    there. explain: what to call instead of `minexp.explain`, with its signature.
+    there. explain: what to call instead of `minexp.explain`, with its signature (`minexp.jobs.asked`).
     Returns the summary of the rows in `out` (shares of 1; None where nothing was explained). RequestError when
     `out` holds another job. What was left out of images (colour profiles) is said in a warning.
     """
     predicate = Predicate() if predicate is None else predicate
     device = str(classifier.device) if placement.engine == "local" else "cuda" if placement.gpus else "cpu"
     search = {"minimisation": minimisation, "preset": preset, "match": match}
-    run = _describe(classifier, source, masker, predicate, effort, search, background, seed)
+    asked = None if explain is _EXPLAIN else explain
+    run = _describe(classifier, source, masker, predicate, effort, search, background, seed, asked)
     run["provider"] = f"torch-{torch.device(device).type}"
     given = load is None or placement.in_process
     units = _Units(
         load=_Given(classifier, masker) if given or load is None else load,
         device=device,
         fingerprints=(run["classifier"], run["masker"]),
-        # Made once: every image of the job, and of the job resumed, meets the same draws.
         reference=_reference(source, classifier) if masker is None else None,
         background=background,
         seed=seed,
@@ -166,6 +167,7 @@ def _describe(
     search: dict[str, Any],
     background: str,
     seed: int,
+    asked: Callable[..., Any] | None,
 ) -> dict[str, Any]:
     """What identifies the job, and what a reader of the store wants to know about it."""
     identity = {
@@ -178,13 +180,15 @@ def _describe(
         "background": background,
         "seed": seed,
     }
+    if asked is not None:
+        identity["asked"] = repr(asked)
     if not classifier.execution.plain:
         identity["execution"] = str(classifier.execution)
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     return {
         "fingerprint": digest,
         **identity,
-        "predicate": predicate.claim(str(classifier.target)),
+        "predicate": predicate.claim(getattr(asked, "question", Sufficient()).claim(str(classifier.target))),
         "source_name": source.name,
         "model": type(classifier.model).__name__,
         "preprocessing": classifier.preprocessing.to_json(),
