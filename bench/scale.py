@@ -37,7 +37,8 @@ from minexp.data.shard import write_shard
 from minexp.data.sources import ImageSource, open_source
 from minexp.data.store import Store
 from minexp.data.subjects import digits
-from minexp.data.table import EXPLANATIONS, objects, popcount
+from minexp.data.table import objects, popcount
+from minexp.data.tables import EXPLANATIONS
 from minexp.explanation import explain, make_backgrounds
 from minexp.jobs.engine import Placement, run_job
 from minexp.jobs.local import explain_dataset

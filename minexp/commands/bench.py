@@ -21,8 +21,9 @@ class Bench(Command):
     suite: Positional[
         Literal["kernels", "explain", "data", "deploy", "mosaic", "peers", "ablation", "circuit", "scale"]
     ]
-    """kernels, explain, data, deploy, scale: times; mosaic: whether the tile that decides is named; peers: against other
-    explainers; ablation: what each term of the objective is worth; circuit: circuits of images and explanations."""
+    """kernels, explain, data, deploy, scale: times; mosaic: whether the tile that decides is named; peers: against
+    other explainers; ablation: what each term of the objective is worth; circuit: circuits of images and
+    explanations."""
     images: int | None = None
     """Images to explain (mosaic, peers, ablation, circuit)."""
     out: Path | None = None
