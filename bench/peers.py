@@ -32,6 +32,7 @@ from minexp.data.files import replacing, write_text
 from minexp.explanation import explain, make_backgrounds
 from minexp.judge import Judge, dilate
 from minexp.masker import Masker, load_masker
+from minexp.minimise import Minimisation
 from minexp.predicate import Predicate
 from minexp.refine import Refinement
 from minexp.regions import components
@@ -53,6 +54,7 @@ SPENT = (
     "seconds",
     "memory_mb",
 )  # seconds and memory: of the run, shared
+FINE = 0.25  # share of the images that are reduced to finer cells, too
 CONTROLLED = 60  # images of the wrong-class control
 SMALLEST = 0.01  # share of pixels that a peer's binarisation begins with
 AUDIT = 4  # draws a family
@@ -105,7 +107,13 @@ def of_peer(peer: Peer, judge: Judge, x: Tensor, label: Tensor, budget: int | No
 
 
 def of_minexp(
-    effort: Effort, judge: Judge, x: Tensor, masker: Masker | None, backgrounds: Backgrounds
+    name: str,
+    effort: Effort,
+    judge: Judge,
+    x: Tensor,
+    masker: Masker | None,
+    backgrounds: Backgrounds,
+    minimisation: Minimisation | None = None,
 ) -> Found:
     """minexp's masks; the evaluations are all of them, the certificate's included."""
     started = time.process_time()
@@ -117,6 +125,7 @@ def of_minexp(
             predicate=judge.predicate,
             effort=effort,
             backgrounds=backgrounds,
+            minimisation=minimisation,
         )
         for part in x.split(64)
     ]
@@ -129,7 +138,7 @@ def of_minexp(
         else torch.cat([masker.probabilities(p)[:, 0] for p in x.split(64)])
     )
     return Found(
-        f"minexp {effort}",
+        name,
         "default",
         masks,
         torch.where(masks[:, 0], 1 + maps, maps),
@@ -264,7 +273,14 @@ def measure(
             print(f"{name} ({budget}): done", file=sys.stderr)
 
     for effort in reversed(EFFORTS):
-        add(f"minexp {effort}", "default", partial(of_minexp, effort, judge, x, masker, backgrounds))
+        name = f"minexp {effort}"
+        add(name, "default", partial(of_minexp, name, effort, judge, x, masker, backgrounds))
+        if effort == "minimal":
+            settings, n = Minimisation(cell=max(1, min(x.shape[2:]) // 16)), max(2, round(images * FINE))
+            name = f"minexp minimal, cells of {settings.cell}"
+            add(
+                name, "default", partial(of_minexp, name, effort, judge, x[:n], masker, backgrounds, settings)
+            )
     chosen = None if peers is None else {name.strip() for name in peers.split(",")}
     for peer in PEERS:
         if chosen is not None and peer.name not in chosen:
