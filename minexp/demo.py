@@ -23,6 +23,7 @@ from .data.files import replacing, write_text
 from .data.scenes import Scenes, Variant
 from .data.sources import open_source
 from .data.store import read_rows, read_store, unpack_mask
+from .demo_circuits import circuits
 from .errors import RequestError
 from .jobs.local import explain_dataset
 from .masker import Masker, load_masker
@@ -113,11 +114,14 @@ def run(
         "masker_share_of_classifier_macs": masker.macs(held_out.images.shape[1:3]) / classifier.macs(),
         "fit_seconds": about["seconds"],
     }
+    circuit_page, circuit_section = circuits(out, classifier, _tensors(held_out)[0])
+    say.stage(f"circuits: {circuit_page}")
     page = write_report(
         out / "explanations",
         out=out / "report.html",
-        sections=_sections(out, held_out, masks, truth, alone, result),
+        sections=[*_sections(out, held_out, masks, truth, alone, result), circuit_section],
     )
+    result |= {"circuits": str(circuit_page)}
     result |= {"report": str(page), "opening": str(opening)}
     result |= _export(out, classifier, masker, held_out, say)
     result |= {"total_seconds": round(say.seconds(), 1)}

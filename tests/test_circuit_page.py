@@ -73,7 +73,8 @@ def test_slider_images_search_and_keys(page: Path, tmp_path: Path) -> None:
       out.lines = [...document.querySelectorAll(".panel p")].map((p) => p.textContent);
       const pixel = () => P.asCanvas().toDataURL().length;
       const full = pixel();
-      choose("size", 400); out.less = nodes(); out.changed = pixel() !== full;
+      choose("size", 400); out.less = nodes(); out.columns = P.panels().map((panel) => panel.columns.join());
+      out.counts = P.panels().map((panel) => panel.count); out.changed = pixel() !== full;
       out.count = document.getElementById("count").textContent;
       press("ArrowUp"); out.more = nodes();
       choose("size", 0); out.one = nodes();
@@ -103,6 +104,7 @@ def test_slider_images_search_and_keys(page: Path, tmp_path: Path) -> None:
         less[0] < first[0] and less[1] < first[1]
         for less, first in zip(out["less"], out["first"], strict=True)
     )
+    assert out["counts"][0] == out["counts"][1] and out["columns"][0] == out["columns"][1]
     assert out["changed"] and "%" in out["count"]
     assert all(more[0] > less[0] for more, less in zip(out["more"], out["less"], strict=True))
     assert [count for count, _ in out["one"]] == [1, 1] and out["again"] == out["first"]

@@ -16,6 +16,7 @@ from minexp.classifier import Classifier
 from minexp.data import scenes, subjects
 from minexp.data.scenes import PATCH, Scenes
 from minexp.data.store import read_store
+from minexp.data.tables import CIRCUITS
 from minexp.errors import RequestError
 from minexp.masker import Masker
 
@@ -37,6 +38,7 @@ def test_the_whole_job_and_a_second_run(
         "explanations",
         "report.html",
         "opening.png",
+        "circuits",
     } <= names
     assert not [
         path for path in tmp_path.iterdir() if path.name.startswith(".")
@@ -59,6 +61,8 @@ def test_the_whole_job_and_a_second_run(
     assert first["on_patch"] is None and first["patch_decides"] == 0
     page = (tmp_path / "report.html").read_text()
     assert "Against the known truth" in page and "How the masker was trained" in page
+    assert 'href="circuits/circuits.html"' in page and (tmp_path / "circuits" / "circuits.html").is_file()
+    assert read_store(tmp_path / "circuits", table=CIRCUITS).num_rows == 6
     assert Image.open(tmp_path / "opening.png").size[0] > 200
 
     weights = (tmp_path / "classifier.safetensors").stat().st_mtime_ns

@@ -106,6 +106,11 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 def run_command(line: str, folder: Path) -> tuple[int, str]:
     """Run a `minexp` command on few images and steps: its exit code, and what it said on stderr."""
     words = [word.replace(REMOTE, f"file://{folder}/") for word in shlex.split(line, comments=True)]
+    if "-m" in words[:-1] and words[0] in (
+        "torchrun",
+        "srun",
+    ):  # in one process; tests/test_ranks.py has several
+        words = words[words.index("-m") + 1 :]
     if words[:1] == ["python"]:
         runpy.run_path(words[1], run_name="__main__")
         return 0, ""
@@ -155,7 +160,10 @@ def test_snippets_run(page: str, workplace: Path) -> None:
         where = f"{page}:{snippet.line}"
         if snippet.title is not None:
             (workplace / snippet.title).write_text(snippet.text)
-            compile(snippet.text, where, "exec")
+            if snippet.language == "python":
+                compile(snippet.text, where, "exec")
+            else:
+                check_job(snippet, where, workplace)
         elif snippet.language == "python":
             exec(compile("\n" * snippet.line + snippet.text, str(ROOT / page), "exec"), space)
         elif snippet.language == "sh":
@@ -170,6 +178,26 @@ def test_snippets_run(page: str, workplace: Path) -> None:
             assert snippet.language in ("text", "json"), (
                 f"{where}: a block of an unknown language {snippet.language!r}"
             )
+
+
+def check_job(snippet: Snippet, where: str, folder: Path) -> None:
+    """A script for Slurm, or a job for Kubernetes: it can be read, and its commands run in each of its tasks."""
+    if snippet.language == "yaml":
+        job = pytest.importorskip("yaml").safe_load(snippet.text)["spec"]
+        (container,), tasks = job["template"]["spec"]["containers"], job["completions"]
+        lines = container["args"]
+    else:
+        assert subprocess.run(["bash", "-n", snippet.title], cwd=folder).returncode == 0
+        lines = [line for line in commands(snippet.text) if "minexp" in line]
+        array = re.search(r"--array=0-(\d+)", snippet.text)
+        tasks = 1 + int(array[1]) if array else 1
+    for task in range(tasks):
+        for line in lines:
+            line = re.sub(r"\$(SLURM_ARRAY_TASK_ID|JOB_COMPLETION_INDEX)", str(task), line)
+            code, said = run_command(line, folder)
+            assert code in (0, 3), f"{where}: {line}\n{said}"
+    (out,) = re.findall(r"--out (\S+)", lines[0])
+    assert out.endswith(".safetensors") or read_store(folder / out).num_rows == 2
 
 
 def check_console(text: str, where: str, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from .base import Command
 from .bench import Bench
 from .circuit import Circuit
+from .convert import Convert
 from .demo import Demo
 from .doctor import Doctor
 from .explain import Explain
@@ -19,6 +20,7 @@ COMMANDS: dict[str, type[Command]] = {
     "circuit": Circuit,
     "report": Report,
     "verify": Verify,
+    "convert": Convert,
     "bench": Bench,
     "doctor": Doctor,
 }

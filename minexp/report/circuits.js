@@ -15,7 +15,8 @@
   const circuitsOf = (image) => data.images[image].circuits.map((number) => data.circuits[number]);
   const most = (circuit) => circuit.nodes.filter((node) => node.rank >= 0).length;
   const name = (circuit, node) => circuit.layers[node.layer].name + "/" + node.unit;
-  const countAt = (circuit, share) => Math.max(1, Math.round(Math.exp(Math.log(Math.max(1, most(circuit))) * share)));
+  // The same for all circuits of an image, so that they compare; a smaller one stays whole.
+  const countAt = (circuits, share) => Math.max(1, Math.round(Math.exp(Math.log(Math.max(1, ...circuits.map(most))) * share)));
   const number = (value, digits = 3) => (value === null || value === undefined || Number.isNaN(value) ? "–"
     : Math.abs(value) >= 100 ? value.toFixed(0) : Number(value.toPrecision(digits)).toString());
 
@@ -37,7 +38,6 @@
   // Units of a layer are ordered by where their edges lead, from the score backwards: fewer edges cross.
   function arrange(circuit) {
     circuit.columns = [...new Set(circuit.nodes.map((node) => node.layer))].sort((a, b) => a - b);
-    circuit.column = new Map(circuit.columns.map((layer, at) => [layer, at]));
     const out = circuit.nodes.map(() => []);
     for (const edge of circuit.edges) out[edge.source].push(edge);
     circuit.order = circuit.columns.map(() => []);
@@ -76,10 +76,11 @@
 
   function place(panel) {
     const { circuit, width, height } = panel;
-    const columns = circuit.columns.length + 1;
+    const columns = panel.columns.length + 1;
     const gap = Math.max(46, (width - 80) / Math.max(1, columns - 1));
     panel.at = new Map();
-    circuit.order.forEach((nodes, column) => {
+    circuit.order.forEach((nodes, at) => {
+      const column = panel.columns.indexOf(circuit.columns[at]);
       const here = nodes.filter((node) => panel.shown.has(node.at));
       here.forEach((node, index) => {
         panel.at.set(node.at, { x: 40 + column * gap, y: 46 + ((index + 0.5) / here.length) * (height - 66) });
@@ -163,7 +164,7 @@
   function labels(panel, put) {
     const { circuit } = panel;
     const length = Math.max(6, Math.floor(panel.gap / 6));
-    circuit.columns.forEach((layer, column) => {
+    panel.columns.forEach((layer, column) => {
       const full = circuit.layers[layer].name, x = 40 + column * panel.gap;
       const text = full.length > length ? "…" + full.slice(1 - length) : full;
       put(text, x, column % 2 && panel.gap < 110 ? 30 : 16, 0, "center", false);
@@ -207,13 +208,13 @@
   }
 
   function update() {
+    const count = countAt(panels.map((panel) => panel.circuit), state.share);
     for (const panel of panels) {
       const { circuit } = panel;
-      panel.count = countAt(circuit, state.share);
+      panel.count = Math.min(count, Math.max(1, most(circuit)));
       Object.assign(panel, visible(circuit, panel.count));
       const text = state.find;
       panel.hits = new Set(text ? [...panel.shown].filter((at) => name(circuit, circuit.nodes[at]).toLowerCase().includes(text)) : []);
-      place(panel);
       const test = circuit.test;
       const f = interpolate(circuit, panel.count / circuit.universe);
       panel.line.textContent = panel.count + " of " + circuit.universe + " nodes · " + panel.edges.length + " edges · faithfulness " + number(f, 2);
@@ -225,6 +226,10 @@
       }
       panel.canvas.setAttribute("aria-label", "Circuit of " + circuit.title + ", " + panel.line.textContent);
     }
+    // A layer stands in the same place in all circuits of an image.
+    const layers = panels.flatMap(({ circuit, shown }) => [...shown].map((at) => circuit.nodes[at].layer));
+    const columns = [...new Set(layers)].sort((a, b) => a - b);
+    for (const panel of panels) place(Object.assign(panel, { columns }));
     const first = panels[0];
     byId("count").textContent = panels.map((p) => p.count + " (" + number((100 * p.count) / p.circuit.universe, 2) + " %)").join(" · ");
     if (first) drawCurve();

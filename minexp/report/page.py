@@ -34,12 +34,16 @@ class Figure:
 
 @dataclass(frozen=True)
 class Section:
-    """An own part of the page. Text is plain, paragraphs apart by an empty line; the table's first row is its head."""
+    """An own part of the page. Text is plain, paragraphs apart by an empty line; the table's first row is its head.
+
+    link: the text of a link and its address, relative to the page.
+    """
 
     title: str
     text: str
     figures: Sequence[Figure] = ()
     table: Sequence[Sequence[str]] = ()
+    link: tuple[str, str] | None = None
 
 
 def write_report(
@@ -265,6 +269,9 @@ def _section(section: Section) -> str:
     paragraphs = "".join(
         f"<p>{escape(part.strip())}</p>" for part in section.text.split("\n\n") if part.strip()
     )
+    if section.link is not None:
+        text, address = map(escape, section.link)
+        paragraphs += f'<p><a href="{address}">{text}</a></p>'
     figures = []
     for figure in section.figures:
         shown = figure.picture
