@@ -139,7 +139,11 @@ def _export(
         return {}
     from .deploy.export import export
 
-    done = export(classifier, masker, out / "deployed", images=scenes.images[:EXPORT_CHECKS])
+    try:
+        done = export(classifier, masker, out / "deployed", images=scenes.images[:EXPORT_CHECKS])
+    except RequestError as error:  # rounding can move a pixel that lies on the threshold; the rest of the demo stands
+        say.stage(f"export: {error}")
+        return {"export_refused": str(error)}
     say.stage(f"exported: {done.explainer}, as torch on {done.parity.images} scenes: {done.parity}")
     return {"explainer": str(done.explainer), "parity_mask_flips": done.parity.mask_flips}
 
