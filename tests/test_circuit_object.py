@@ -12,7 +12,7 @@ import pytest
 import toy_circuits as toys
 
 import minexp
-from minexp.circuit.circuit import Edge, Interval, Layer, Node
+from minexp.circuit.circuit import Edge, Interval, Node
 from minexp.errors import RequestError, VerifyError
 
 
@@ -198,21 +198,18 @@ def test_a_figure_hides_streams_that_lead_nowhere_and_needs_matplotlib(
     circuit: minexp.Circuit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("matplotlib")
-    kinds = ("channel", "head", "stream", "neuron")
-    layers = tuple(Layer(kind, kind, 4) for kind in kinds)
-    nodes = (Node("channel", 1, 0, 2.0), Node("head", 0, 1, 1.0), Node("neuron", 3, 2, -1.0))
-    nodes += (Node("stream", 0, -1, 9.0), Node("stream", 2, -1, 3.0))
-    edges = (Edge("channel", 1, "head", 0, 1.0), Edge("head", 0, "stream", 0, 0.5))
-    edges += (Edge("stream", 0, "neuron", 3, -4.0), Edge("neuron", 3, "score", 0, 1.0))
-    mixed = replace(circuit, layers=layers, nodes=nodes, edges=edges, test=None)
+    mixed = toys.every_kind()
     drawn = _drawing(mixed)
     assert len(drawn["stream"].get_offsets()) == 1, "unit 2 has no edges"
     assert len(drawn["stream"].get_facecolor()) == 0 and len(drawn["neuron"].get_facecolor()) == 1
-    assert [len(drawn[kind].get_paths()[0].vertices) > 10 for kind in kinds] == [True, False, True, False]
+    corners = {name: len(c.get_paths()[0].vertices) - 1 for name, c in drawn.items() if name != "edges"}
+    assert (corners["head"], corners["neuron"], corners["gate"]) == (4, 4, 3)
+    assert min(corners["channel"], corners["stream"], corners["score"]) > 10, "round"
     assert drawn["stream"].get_sizes() == drawn["channel"].get_sizes() > drawn["head"].get_sizes()
-    for some in (edges[:2], edges[2:]):
-        cut = _drawing(replace(mixed, edges=some))
-        assert "stream" not in cut and len(cut["edges"].get_paths()) == 1, "it leads from or to nothing"
+    for end in ("source_layer", "target_layer"):
+        edges = tuple(e for e in mixed.edges if getattr(e, end) != "stream")
+        cut = _drawing(replace(mixed, edges=edges))
+        assert "stream" not in cut and len(cut["edges"].get_paths()) == len(edges) - 1, "it ends there"
     broken = replace(circuit, edges=tuple(replace(e, effect=None) for e in circuit.edges))  # type: ignore[arg-type]
     assert len(_drawing(broken)["edges"].get_paths()) == len(circuit.edges)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
