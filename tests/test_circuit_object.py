@@ -10,6 +10,7 @@ from typing import Any
 import networkx
 import pytest
 import toy_circuits as toys
+from tiny_models import one_thread as one_thread
 
 import minexp
 from minexp.circuit.circuit import Edge, Interval, Node

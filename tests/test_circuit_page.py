@@ -11,6 +11,7 @@ import torch
 import toy_circuits as toys
 from test_circuit_ablation import images, small
 from test_report import browse
+from tiny_models import one_thread as one_thread
 
 import minexp
 from minexp.circuit.crops import crop, most_active
