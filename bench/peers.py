@@ -54,7 +54,8 @@ SPENT = (
     "seconds",
     "memory_mb",
 )  # seconds and memory: of the run, shared
-FINE = 0.25  # share of the images that are reduced to finer cells, too
+FINE = 0.125  # share of the images that are reduced to finer cells, too
+FEW = 30  # images below which a point of the plots is hollow
 CONTROLLED = 60  # images of the wrong-class control
 SMALLEST = 0.01  # share of pixels that a peer's binarisation begins with
 AUDIT = 4  # draws a family
@@ -361,22 +362,34 @@ def plot(rows: Sequence[dict[str, Any]], stem: Path) -> None:
         ("robustness", "held", "class kept on held-out backgrounds"),
         ("cost", "evaluations", "classifier evaluations an image"),
     ):
-        figure = Figure(figsize=(7, 5), layout="constrained")
+        figure = Figure(figsize=(9, 5), layout="constrained")
         axes = figure.subplots()
-        for line in rows:
-            ours = line["explainer"].startswith("minexp")
+        for number, line in enumerate(rows, 1):
+            ours, few = line["explainer"].startswith("minexp"), line["images"] < FEW
+            text = line["explainer"] + ("" if line["budget"] == "default" else f" ({line['budget']})")
+            place = line[column], line["area"]
             axes.plot(
-                line[column], line["area"], "o" if ours else "s", color="#c2410c" if ours else "#475569"
+                *place,
+                "o" if ours else "s",
+                color="#c2410c" if ours else "#475569",
+                fillstyle="none" if few else "full",
+                linestyle="none",
+                label=f"{number}  {text}" + (f", {line['images']} images" if few else ""),
             )
-            text = line["explainer"].removeprefix("minexp ") + (
-                "" if line["budget"] == "default" else f" ({line['budget']})"
-            )
+            # names would hide one another where explainers are alike
+            beside = (-5, -10) if number % 2 else (5, 3)
             axes.annotate(
-                text, (line[column], line["area"]), xytext=(5, 3), textcoords="offset points", fontsize=8
+                str(number),
+                place,
+                xytext=beside,
+                textcoords="offset points",
+                fontsize=8,
+                ha="right" if number % 2 else "left",
             )
+        figure.legend(loc="outside right upper", fontsize=8, frameon=False)
         if column == "evaluations":
             axes.set_xscale("log")
         axes.set(xlabel=title, ylabel="share of the pixels kept", ylim=(0, None))
-        axes.margins(x=0.12)  # room for the names
+        axes.margins(x=0.06)
         axes.grid(alpha=0.25)
         figure.savefig(stem.with_name(f"{stem.name}_{name}.png"), dpi=120)

@@ -25,7 +25,8 @@ from trained_tiles import masker, tiles
 
 from minexp import explanation
 from minexp.certify import Certificate, Predicate
-from minexp.data.store import SCHEMA, unpack_mask
+from minexp.data.store import unpack_mask
+from minexp.data.tables import EXPLANATIONS
 from minexp.errors import MinexpError, RequestError
 from minexp.explanation import Effort, Explanation, explain, make_backgrounds, side_by_side
 from minexp.masker import Masker
@@ -157,7 +158,7 @@ def test_a_predicate_that_even_the_whole_image_fails_is_reported() -> None:
 def test_rows_have_the_stores_columns() -> None:
     answer = explained(slice(3), effort="fast")
     rows = answer.rows()
-    assert {*rows[0], "id", "uri", "truth"} == set(SCHEMA.names)
+    assert {*rows[0], "id", "uri", "truth"} == set(EXPLANATIONS.schema.names)
     for row, mask, certificate in zip(rows, answer.masks.numpy(), answer.certificates, strict=True):
         assert np.array_equal(unpack_mask(row["mask"], 24, 24), mask)
         assert row["mask_crc32"] == zlib.crc32(row["mask"])

@@ -92,7 +92,7 @@ def test_random_kills_of_workers_and_parents_lose_and_double_nothing(
 ) -> None:
     rng, out = np.random.default_rng(int(os.environ.get("MINEXP_SEED", "0"))), tmp_path / "out"
     killed = {"worker": 0, "parent": 0}
-    options = {"workers": 2, "flush_seconds": 0.1, "batch": 8, "seconds": 0.02 * max(1, KILLS / 6)}
+    options = {"workers": 2, "flush_seconds": 0.1, "batch": 8, "seconds": 0.05 * max(1, KILLS / 8)}
     job = start(data, out, **options)
     while sum(killed.values()) < KILLS and job.poll() is None:
         time.sleep(rng.uniform(0.0, 0.5))
@@ -100,7 +100,7 @@ def test_random_kills_of_workers_and_parents_lose_and_double_nothing(
         workers = [pid for pid in children(job.pid) if any(out.glob(f".reserve-*-{pid}"))]
         if not workers:
             time.sleep(0.05)
-        elif rng.random() < 0.3:
+        elif sum(killed.values()) % 3 == 2:
             job.kill()
             job.communicate()
             killed["parent"] += 1

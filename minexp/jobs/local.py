@@ -28,7 +28,6 @@ from ..weights import state_digest
 from .engine import ONE_PROCESS, Placement, run_job
 from .unit import ImageUnit, Pixels, Row, Unit
 
-_EXPLAIN = explain
 REFERENCES = 32  # images of the data that backgrounds are made from, where no masker brings its own
 Subject = tuple[Classifier, Masker | None]
 
@@ -66,7 +65,7 @@ def explain_dataset(
     predicate = Predicate() if predicate is None else predicate
     device = str(classifier.device) if placement.engine == "local" else "cuda" if placement.gpus else "cpu"
     search = {"minimisation": minimisation, "preset": preset, "match": match}
-    asked = None if explain is _EXPLAIN else explain
+    asked = explain if hasattr(explain, "question") else None  # of `jobs.asked`, whose repr says what it asks
     run = _describe(classifier, source, masker, predicate, effort, search, background, seed, asked)
     run["provider"] = f"torch-{torch.device(device).type}"
     given = load is None or placement.in_process

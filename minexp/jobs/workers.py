@@ -8,6 +8,7 @@ that kills every worker is halved until the image that does it is known, which t
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import pickle
@@ -219,6 +220,7 @@ def _serve(pipe: Connection, payload: bytes, number: int, threads: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[variable] = str(threads)
+    _keep_freed_memory()
     lock, over, inbox = threading.Lock(), threading.Event(), queue.Queue[Task | None]()
 
     def say(message: object) -> None:
@@ -248,6 +250,14 @@ def _serve(pipe: Connection, payload: bytes, number: int, threads: int) -> None:
         os._exit(_BROKEN)
     except BaseException as error:
         say(_Failed(_sendable(error)))
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep what is freed: given back and taken again with every batch, its pages cost a fifth of the time."""
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, the most it may be
 
 
 def _made(payload: bytes, number: int, say: Callable[[object], None]) -> tuple[Job, Unit]:
