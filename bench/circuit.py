@@ -1,8 +1,9 @@
 """Circuits from images, from their explanations and from rival masks at matched size; their edges; their cost.
 
 The subject is the scenes' ResNet, trained as in the demo, or any model with images of yours (`--model`, `--data`,
-`--weights`). Masks are of effort refined. Every figure has a row: mean over ``n`` images (pairs of stages), 95 %
-interval, and the bound that it is held to, where there is one. Writes circuit-SUBJECT.csv and .png to bench/results.
+`--weights`). Masks are of effort refined. zennit-crp is a peer where it is installed. Every figure has a row: mean
+over ``n`` images (pairs of stages), 95 % interval, and the bound that it is held to, where there is one. Writes
+circuit-SUBJECT.csv and .png to bench/results.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ from __future__ import annotations
 import csv
 import importlib.util
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import relevances
 import torch
+from circuit_subjects import REFERENCES, Say, Subject, given_subject, lent, scenes_subject, tensor
 from torch import Tensor
 
 from minexp.circuit.ablation import Metric
@@ -30,12 +32,9 @@ from minexp.circuit.published import published_edges
 from minexp.circuit.ranking import count_of, rank
 from minexp.circuit.readout import Reader
 from minexp.circuit.settings import RANKED_BY, Mode, Settings
-from minexp.classifier import Classifier, load_classifier
-from minexp.data import planted, scenes, subjects
-from minexp.data.files import replacing
-from minexp.data.sources import open_source
+from minexp.classifier import Classifier
+from minexp.data import planted, scenes
 from minexp.explanation import explain
-from minexp.jobs.circuits import inputs_of_source, sample
 from minexp.specs import build
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -63,27 +62,11 @@ READOUTS: tuple[tuple[Mode, Level], ...] = (
 SIZE = 0.1  # share of the nodes in the circuits that are taken out and set against random ones
 CONTROLS = 20
 CURVE = "faithfulness at"
-REFERENCES = 128
 EDGE_IMAGES, EDGES = 4, 150  # images, and edges of each that are intervened on
 CONTRAST_SHARE = 2  # the contrast, five times as dear, is measured on every so many-th image
 COLOURS = {"image": "#475569", "explanation": "#c2410c", "moved mask": "#0891b2", "Grad-CAM": "#7c3aed"}
+MODE_COLOURS = ("#c2410c", "#0891b2", "#f59e0b", "#475569", "#7c3aed")
 Row = dict[str, Any]
-Say = Callable[[str], None]
-
-
-@dataclass(frozen=True, eq=False)
-class Subject:
-    """A classifier, images [B,C,H,W] to read circuits of, and others that baselines rest on."""
-
-    name: str
-    classifier: Classifier
-    x: Tensor
-    reference: Tensor
-
-    def reader(self, **settings: Any) -> Reader:
-        """A reader with mean ablation over the reference images, whose mean colour removed pixels take."""
-        blank = self.reference.mean((0, 2, 3)).view(1, -1, 1, 1)
-        return Reader(self.classifier, Settings(**settings), reference=self.reference, blank=blank)
 
 
 def measure(
@@ -98,7 +81,9 @@ def measure(
     """Rows of every experiment. ``out``: its plain/, of a demo, lends the classifier; what is trained is kept there."""
     say: Say = (lambda line: None) if quiet else (lambda line: print(line, file=sys.stderr))
     folder = None if out is None else Path(out)
-    subject = _scenes(images, folder, say) if model is None else _given(model, data, weights, images)
+    subject = (
+        scenes_subject(images, folder, say) if model is None else given_subject(model, data, weights, images)
+    )
     say(f"explaining {len(subject.x)} images")
     masks = explain(subject.classifier, subject.x, effort="refined", reference=subject.reference).masks
     rows: list[Row] = []
@@ -114,6 +99,7 @@ def measure(
     for metric in MODE_METRICS:
         say(f"modes, metric {metric}")
         modes[metric] = {f"{mode}, {level}s": _read(subject, mode, level, metric) for mode, level in READOUTS}
+        modes[metric] |= _peer(subject, metric)
         rows += _mode_rows(subject.name, metric, modes[metric])
     say("edges against interventions")
     rows += [*_edge_rows(subject), *_published_rows(subject)]
@@ -126,54 +112,6 @@ def measure(
     return [row for row in rows if not row["figure"].startswith(CURVE)]  # the plot shows those
 
 
-# ---------------------------------------------------------------- subjects
-
-
-def _scenes(images: int, folder: Path | None, say: Say) -> Subject:
-    model = subjects.SceneNet(10).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-    def train() -> torch.nn.Module:
-        say("training the classifier")
-        return subjects.train_subject("plain", progress=True)
-
-    classifier = subjects.classifier(
-        _lent(model, folder and folder / "plain" / "classifier.safetensors", train)
-    )
-    x = _tensor(scenes.make("plain", images, split="test").images)
-    reference = _tensor(scenes.make("plain", REFERENCES, seed=5, split="train").images)
-    return Subject("scenes", classifier, x, reference)
-
-
-def _lent(model: Any, path: Path | None, train: Callable[[], Any]) -> Any:
-    """The model with the weights in ``path``, or trained, and then kept there."""
-    from safetensors.torch import load_file, save_file
-
-    if path is not None and path.is_file():
-        model.load_state_dict(load_file(path))
-        return model.eval()
-    model = train().eval()
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            save_file({name: value.contiguous() for name, value in model.state_dict().items()}, temporary)
-    return model
-
-
-def _given(model: str, data: str | None, weights: str | None, images: int) -> Subject:
-    if data is None:
-        sys.exit("--model needs --data, images of yours")
-    classifier = load_classifier(model, weights=weights)
-    inputs = inputs_of_source(open_source(data), classifier)
-    x, reference = sample(inputs, images), sample(inputs, REFERENCES)
-    if x is None or reference is None:
-        sys.exit(f"{data} has fewer than two images that can be read")
-    return Subject(type(classifier.model).__name__, classifier, x, reference)
-
-
-def _tensor(images: np.ndarray) -> Tensor:
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
-
-
 # ---------------------------------------------------------------- circuits of inputs, and of modes
 
 
@@ -182,6 +120,22 @@ def _read(subject: Subject, mode: Mode, level: Level, metric: Metric) -> Line:
     ablation = reader.ablation(*reader.prepare(subject.x))
     ranking = rank(ablation, RANKED_BY[mode], sizes=reader.settings.sizes)
     return line_of(reader, ablation, ranking, mode, IMAGE, size=SIZE, controls=CONTROLS)
+
+
+def _peer(subject: Subject, metric: Metric) -> dict[str, Line]:
+    """zennit-crp's line; none, and why on stderr, where it is not installed or does not take the model."""
+    if not relevances.installed():
+        print(f"{relevances.NAME} left out: pip install zennit-crp", file=sys.stderr)
+        return {}
+    reader = subject.reader(metric=metric)
+    ablation = reader.ablation(*reader.prepare(subject.x))
+    try:
+        ranking = relevances.rank_by_relevance(subject.classifier, ablation)
+    except Exception as error:
+        print(f"{relevances.NAME} failed: {type(error).__name__}: {error}", file=sys.stderr)
+        return {}
+    line = line_of(reader, ablation, ranking, relevances.NAME, IMAGE, size=SIZE, controls=CONTROLS)
+    return {f"{relevances.NAME}, layers": line}
 
 
 def _input_rows(name: str, metric: Metric, lines: Sequence[Line]) -> Iterable[Row]:
@@ -318,10 +272,10 @@ def _planted_rows(folder: Path | None, say: Say) -> Iterable[Row]:
         say("training the network with a planted path")
         return planted.train_planted(progress=True)
 
-    model = _lent(planted.PlantedNet(), folder and folder / "planted.safetensors", train)
+    model = lent(planted.PlantedNet(), folder and folder / "planted.safetensors", train)
     data = scenes.make("shortcut", 200, split="test", decisive=False)
-    x = _tensor(data.images[planted.decided_by_patch(model, data)][:12])
-    reference = _tensor(scenes.make("shortcut", REFERENCES, seed=5, split="train", decisive=False).images)
+    x = tensor(data.images[planted.decided_by_patch(model, data)][:12])
+    reference = tensor(scenes.make("shortcut", REFERENCES, seed=5, split="train", decisive=False).images)
     subject = Subject("planted path", planted.planted_classifier(model), x, reference)
     say("the planted path")
     for metric in METRICS:
@@ -396,7 +350,7 @@ def plot(lines: dict[Metric, list[Line]], modes: dict[str, Line], stem: Path) ->
             if line.tested_on == IMAGE:
                 _curve(axes, line, line.source, COLOURS[line.source])
         axes.set(title=f"read from …, tested on the image: {metric}", ylabel="faithfulness, mean and 95 %")
-    for (name, line), colour in zip(modes.items(), ("#c2410c", "#0891b2", "#f59e0b", "#475569"), strict=True):
+    for (name, line), colour in zip(modes.items(), MODE_COLOURS, strict=False):
         _curve(panels[-1], line, name, colour)
     panels[-1].set(title="read by …: logit")
     for axes in panels:

@@ -27,7 +27,7 @@ class Built:
     class_names: Sequence[str] | None = None
 
 
-def _library(name: str) -> Any:
+def library(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -59,7 +59,7 @@ def _downloaded(spec: str, make: Callable[[], Any]) -> Any:
 
 
 def _torchvision(name: str, num_classes: int | None, pretrained: bool) -> Built:
-    models = _library("torchvision").models
+    models = library("torchvision").models
     known = models.list_models(module=models)
     if name not in known:
         raise RequestError(f"torchvision has no classifier '{name}'; near: {near(name, known)}")
@@ -86,8 +86,8 @@ def _torchvision(name: str, num_classes: int | None, pretrained: bool) -> Built:
 
 
 def _timm(name: str, num_classes: int | None, pretrained: bool) -> Built:
-    _library("torchvision")  # timm imports it
-    timm = _library("timm")
+    library("torchvision")  # timm imports it
+    timm = library("timm")
     if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
         known = timm.list_models()
         if name.partition(".")[0] not in known:
@@ -112,8 +112,8 @@ def _imagenet_names(data: Any, model: nn.Module) -> list[str] | None:
 
 def _hugging_face(name: str, num_classes: int | None, pretrained: bool) -> Built:
     if importlib.util.find_spec("torchvision") is not None:
-        _library("torchvision")  # transformers imports it where it is there
-    transformers = _library("transformers")
+        library("torchvision")  # transformers imports it where it is there
+    transformers = library("transformers")
     auto = transformers.AutoModelForImageClassification
     options = {} if num_classes is None else {"num_labels": num_classes}
     try:

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_models import one_thread as one_thread
 from tiny_models import state
 from torch import Tensor, nn
 

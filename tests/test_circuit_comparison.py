@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from test_circuit_ablation import images, small
+from tiny_models import one_thread as one_thread
 
 from minexp.circuit import comparison
 from minexp.circuit.circuit import Test

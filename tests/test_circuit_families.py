@@ -8,6 +8,7 @@ import timm
 import torch
 import torchvision
 import transformers
+from tiny_models import one_thread as one_thread
 from torch import nn
 from torchvision.models.convnext import CNBlockConfig
 from torchvision.models.efficientnet import MBConvConfig

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from test_circuit_ablation import small
+from tiny_models import one_thread as one_thread
 from torch import Tensor
 
 from minexp import cli

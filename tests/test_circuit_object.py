@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import networkx
 import pytest
 import toy_circuits as toys
+from tiny_models import one_thread as one_thread
 
 import minexp
 from minexp.circuit.circuit import Edge, Interval, Node
@@ -156,3 +158,61 @@ def test_tested_again_under_another_ablation(circuit: minexp.Circuit, tmp_path: 
     assert again.faithfulness == pytest.approx(test.faithfulness) and again.full == test.full
     with pytest.raises(RequestError, match="read from another classifier"):
         minexp.ablate_circuit(loaded, toys.classifier(toys.Chain()), toys.image())
+
+
+def _drawing(circuit: minexp.Circuit, **options: Any) -> dict[str, Any]:
+    """The collections of the figure's axes by what they are of: edges, a layer, the score."""
+    (axes,) = circuit.plot(**options).axes
+    return {collection.get_label(): collection for collection in axes.collections}
+
+
+def test_a_figure_shows_every_unit_and_edge(circuit: minexp.Circuit, tmp_path: Path) -> None:
+    colors = pytest.importorskip("matplotlib.colors")
+    odd = tuple(replace(e, effect=-e.effect) if i % 3 == 0 else e for i, e in enumerate(circuit.edges))
+    circuit = replace(circuit, edges=odd)
+    drawn = _drawing(circuit)
+    used = [layer.name for layer in circuit.layers if any(n.layer == layer.name for n in circuit.nodes)]
+    assert set(drawn) == {*used, "edges", "score"}
+    x = [drawn[name].get_offsets()[0][0] for name in [*used, "score"]]
+    assert x == sorted(set(x)), "columns in the order in which layers run, the score on the right"
+    for name in used:
+        offsets, sizes = drawn[name].get_offsets(), drawn[name].get_sizes()
+        here = [abs(n.score) for n in circuit.nodes if n.layer == name]
+        assert len({tuple(o) for o in offsets.tolist()}) == len(here) == len(sizes)
+        assert sorted(sizes) == pytest.approx(
+            sorted(8 + 90 * s / max(abs(n.score) for n in circuit.members) for s in here)
+        )
+    edges = drawn["edges"]
+    assert len(edges.get_paths()) == len(circuit.edges)
+    minus = sum(colors.to_hex(c) == "#d2601a" for c in edges.get_edgecolor())
+    assert minus == sum(e.effect < 0 for e in circuit.edges) > 0
+
+    few = _drawing(circuit, edges=3)["edges"]
+    assert len(few.get_paths()) == 3 and min(few.get_linewidths()) >= sorted(edges.get_linewidths())[-3]
+    ends = {tuple(drawn[name].get_offsets()[i]) for name in used for i in range(len(drawn[name].get_sizes()))}
+    assert {tuple(p.vertices[0]) for p in edges.get_paths()} <= ends
+    circuit.at(2).plot().savefig(tmp_path / "c.png")
+    assert (tmp_path / "c.png").stat().st_size > 1000
+
+
+def test_a_figure_hides_streams_that_lead_nowhere_and_needs_matplotlib(
+    circuit: minexp.Circuit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    mixed = toys.every_kind()
+    drawn = _drawing(mixed)
+    assert len(drawn["stream"].get_offsets()) == 1, "unit 2 has no edges"
+    assert len(drawn["stream"].get_facecolor()) == 0 and len(drawn["neuron"].get_facecolor()) == 1
+    corners = {name: len(c.get_paths()[0].vertices) - 1 for name, c in drawn.items() if name != "edges"}
+    assert (corners["head"], corners["neuron"], corners["gate"]) == (4, 4, 3)
+    assert min(corners["channel"], corners["stream"], corners["score"]) > 10, "round"
+    assert drawn["stream"].get_sizes() == drawn["channel"].get_sizes() > drawn["head"].get_sizes()
+    for end in ("source_layer", "target_layer"):
+        edges = tuple(e for e in mixed.edges if getattr(e, end) != "stream")
+        cut = _drawing(replace(mixed, edges=edges))
+        assert "stream" not in cut and len(cut["edges"].get_paths()) == len(edges) - 1, "it ends there"
+    broken = replace(circuit, edges=tuple(replace(e, effect=None) for e in circuit.edges))  # type: ignore[arg-type]
+    assert len(_drawing(broken)["edges"].get_paths()) == len(circuit.edges)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(RequestError, match=r"needs matplotlib: pip install 'minexp\[plot\]'"):
+        circuit.plot()

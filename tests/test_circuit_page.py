@@ -11,6 +11,7 @@ import torch
 import toy_circuits as toys
 from test_circuit_ablation import images, small
 from test_report import browse
+from tiny_models import one_thread as one_thread
 
 import minexp
 from minexp.circuit.crops import crop, most_active
@@ -153,6 +154,31 @@ def test_a_page_of_a_shared_circuit_and_one_without_crops(tmp_path: Path) -> Non
     browse(write_circuits([view], tmp_path / "toy.html"), tmp_path, "return 1")
     with pytest.raises(RequestError, match="no circuit was read"):
         write_circuits([], tmp_path / "none.html")
+
+
+@pytest.mark.timeout(120)
+def test_the_saved_drawing_has_the_shapes_of_the_canvas(tmp_path: Path) -> None:
+    circuit = toys.every_kind()
+    view = CircuitView("a", "b", pixels(toys.image()), [("w", None, circuit)])
+    script = """
+      const drawing = new DOMParser().parseFromString(circuitPage.asSvg(), "image/svg+xml");
+      const units = [...drawing.querySelectorAll("[class]")].map((unit) => [unit.querySelector("title").textContent, {
+        kind: unit.getAttribute("class"), element: unit.tagName,
+        corners: (unit.getAttribute("points") || "").split(" ").filter(Boolean).length,
+        hollow: unit.getAttribute("fill") === "none", colour: unit.getAttribute("stroke") || unit.getAttribute("fill"),
+      }]);
+      return [Object.fromEntries(units), units.length, drawing.querySelectorAll("path").length];
+    """
+    units, count, edges = browse(write_circuits([view], tmp_path / "kinds.html"), tmp_path, script)
+    assert count == len(units) == 5 and edges == len(circuit.edges)
+    assert {unit["kind"]: (unit["element"], unit["corners"], unit["hollow"]) for unit in units.values()} == {
+        "channel": ("circle", 0, False),
+        "gate": ("polygon", 3, False),
+        "head": ("polygon", 4, False),
+        "stream": ("circle", 0, True),
+        "neuron": ("polygon", 4, False),
+    }
+    assert units["neuron/3"]["colour"] != units["head/0"]["colour"] == units["stream/0"]["colour"]
 
 
 def test_crops_show_where_a_unit_is_most_active() -> None:

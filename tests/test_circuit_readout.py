@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from test_circuit_ablation import images, small
+from tiny_models import one_thread as one_thread
 from torch import Tensor
 
 import minexp

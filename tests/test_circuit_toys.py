@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 import toy_circuits as toys
+from tiny_models import one_thread as one_thread
 from toy_circuits import image
 
 import minexp

@@ -14,9 +14,9 @@ TARGET = (5, 9)  # the pixel that RedPixel looks at
 SIDE = 16
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """For modules that import it: tensors this small only lose time to threads."""
+    """For modules that import it, and their fixtures: tensors this small lose time to threads, minutes under load."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

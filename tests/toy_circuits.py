@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minexp.circuit.circuit import Circuit, Edge, Layer, Node
 from minexp.classifier import Classifier
 
 COLOUR = (0.75, 0.5, 0.25)
@@ -151,3 +152,27 @@ class Untraceable(Chain):
 
 def classifier(model: nn.Module, size: int = SIZE, **options: object) -> Classifier:
     return Classifier(model, size=size, **options)  # type: ignore[arg-type]
+
+
+def every_kind() -> Circuit:
+    """A made-up circuit: one unit of a layer of each kind, and of the stream also one without edges, unit 2."""
+    kinds = ("channel", "gate", "head", "stream", "neuron")
+    nodes = [
+        Node("channel", 1, 0, 2.0),
+        Node("gate", 0, 1, 0.5),
+        Node("head", 0, 2, 1.0),
+        Node("neuron", 3, 3, -1.0),
+        Node("stream", 0, -1, 9.0),
+        Node("stream", 2, -1, 3.0),
+    ]
+    edges = [
+        Edge("channel", 1, "gate", 0, 1.0),
+        Edge("gate", 0, "head", 0, 1.0),
+        Edge("head", 0, "stream", 0, 0.5),
+        Edge("stream", 0, "neuron", 3, -4.0),
+        Edge("neuron", 3, "score", 0, 1.0),
+    ]
+    layers = tuple(Layer(kind, kind, 4) for kind in kinds)
+    return Circuit(
+        "exact", "layer", 0, "warm", "Net", "", layers, tuple(nodes), tuple(edges), universe=16, size=0.25
+    )

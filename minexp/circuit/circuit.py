@@ -14,6 +14,7 @@ from ..errors import RequestError, VerifyError
 
 if TYPE_CHECKING:
     import networkx
+    from matplotlib.figure import Figure
 
 FORMAT = "minexp.circuit/1"
 SCORE = "score"  # the layer that stands for the class score
@@ -228,6 +229,16 @@ class Circuit:
             ends = f"{edge.source_layer}/{edge.source}", f"{edge.target_layer}/{edge.target}"
             graph.add_edge(*ends, **_attributes(edge))
         return graph
+
+    def plot(self, *, edges: int = 300) -> Figure:
+        """A matplotlib figure: layers as columns as they run, the class score on the right, signs as colours.
+
+        A unit's size is its score. At most so many ``edges`` are drawn, the strongest; their width is |effect| beside
+        that of the strongest into the same layer. Raises RequestError where matplotlib is not installed.
+        """
+        from ..report.circuit_plot import plot_circuit
+
+        return plot_circuit(self, edges)
 
     def __repr__(self) -> str:
         what = f"{self.label_name} · {self.mode} · {len(self.members)} of {self.universe} nodes ({self.size:.1%})"

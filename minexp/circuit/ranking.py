@@ -20,9 +20,12 @@ STEPS = 16  # of the integral
 
 @dataclass(frozen=True, eq=False)
 class Ranking:
-    """scores float [B, nodes]: effect of each node on m (energy: its norm); key [B, nodes]: the larger, the sooner."""
+    """scores float [B, nodes]: effect of each node on m (energy: its norm); key [B, nodes]: the larger, the sooner.
 
-    by: By
+    by: one of `By`, or what another method calls its scores.
+    """
+
+    by: str
     scores: Tensor
     key: Tensor
 

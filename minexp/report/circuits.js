@@ -93,13 +93,20 @@
 
   const radius = (node) => (node.rank < 0 ? 2.2 + 2 * Math.sqrt(node.weight) : 2.6 + 6.5 * Math.sqrt(node.weight));
 
+  // The corners of a unit's shape by its kind, beside its middle and in units of its radius; other kinds are round.
+  const corners = {
+    __proto__: null,
+    head: [[-1, -1], [1, -1], [1, 1], [-1, 1]],
+    neuron: [[0, -1.25], [1.25, 0], [0, 1.25], [-1.25, 0]],
+    gate: [[0, -1.3], [1.2, 0.9], [-1.2, 0.9]],
+  };
+  const outline = (kind, x, y, r) => (corners[kind] || []).map(([dx, dy]) => [x + dx * r, y + dy * r]);
+
   function shape(path, kind, x, y, r) {
-    if (kind === "head") path.rect(x - r, y - r, 2 * r, 2 * r);
-    else if (kind === "neuron" || kind === "gate") {
-      const corners = kind === "neuron" ? [[0, -1.25], [1.25, 0], [0, 1.25], [-1.25, 0]] : [[0, -1.3], [1.2, 0.9], [-1.2, 0.9]];
-      corners.forEach(([dx, dy], at) => path[at ? "lineTo" : "moveTo"](x + dx * r, y + dy * r));
-      path.closePath();
-    } else { path.moveTo(x + r, y); path.arc(x, y, r, 0, 2 * Math.PI); }
+    const points = outline(kind, x, y, r);
+    points.forEach((point, at) => path[at ? "lineTo" : "moveTo"](...point));
+    if (points.length) path.closePath();
+    else { path.moveTo(x + r, y); path.arc(x, y, r, 0, 2 * Math.PI); }
   }
 
   const focus = (panel) => (state.over && state.over.panel === panel ? state.over.node : state.held && state.held.panel === panel ? state.held.node : null);
@@ -427,11 +434,15 @@
           + '" stroke-width="' + (0.5 + 2.6 * Math.sqrt(edge.weight)).toFixed(2) + '" opacity="' + (0.12 + 0.6 * edge.weight).toFixed(2) + '"/>');
       }
       for (const at of panel.shown) {
-        const node = panel.circuit.nodes[at], spot = panel.at.get(at), fill = node.score < 0 ? minus : plus;
-        out.push('<circle cx="' + spot.x.toFixed(1) + '" cy="' + spot.y.toFixed(1) + '" r="' + radius(node).toFixed(1) + '" ' + (node.rank < 0 ? 'fill="none" stroke="' + fill + '"' : 'fill="' + fill + '"') + "><title>" + escaped(name(panel.circuit, node)) + "</title></circle>");
+        const node = panel.circuit.nodes[at], spot = panel.at.get(at), { kind } = panel.circuit.layers[node.layer];
+        const points = outline(kind, spot.x, spot.y, radius(node)).map((point) => point.map((v) => v.toFixed(1)).join());
+        const [element, where] = points.length ? ["polygon", 'points="' + points.join(" ") + '"']
+          : ["circle", 'cx="' + spot.x.toFixed(1) + '" cy="' + spot.y.toFixed(1) + '" r="' + radius(node).toFixed(1) + '"'];
+        const ink = node.score < 0 ? minus : plus, paint = node.rank < 0 ? 'fill="none" stroke="' + ink + '" stroke-width="1.2"' : 'fill="' + ink + '"';
+        out.push("<" + element + ' class="' + escaped(kind) + '" ' + where + " " + paint + "><title>" + escaped(name(panel.circuit, node)) + "</title></" + element + ">");
       }
       out.push('<circle cx="' + panel.score.x + '" cy="' + panel.score.y + '" r="7" fill="' + colour("--ink") + '"/>');
-      labels(panel, (text, tx, ty, _angle, _align, strong) => out.push('<text x="' + tx + '" y="' + ty + '" font-family="sans-serif" font-size="10.5" text-anchor="middle" fill="' + colour(strong ? "--ink" : "--muted") + '">' + escaped(text) + "</text>"));
+      labels(panel, (text, tx, ty, _angle, _align, strong) => out.push('<text x="' + tx + '" y="' + ty + '" font-family="sans-serif" font-size="10.5"' + (strong ? ' font-weight="600"' : "") + ' text-anchor="middle" fill="' + colour(strong ? "--ink" : "--muted") + '">' + escaped(text) + "</text>"));
       return out.join("") + "</g>";
     });
     const height = Math.max(...panels.map((panel) => panel.height));
