@@ -141,7 +141,9 @@ def _export(
 
     try:
         done = export(classifier, masker, out / "deployed", images=scenes.images[:EXPORT_CHECKS])
-    except RequestError as error:  # rounding can move a pixel that lies on the threshold; the rest of the demo stands
+    except (
+        RequestError
+    ) as error:  # rounding can move a pixel that lies on the threshold; the rest of the demo stands
         say.stage(f"export: {error}")
         return {"export_refused": str(error)}
     say.stage(f"exported: {done.explainer}, as torch on {done.parity.images} scenes: {done.parity}")
