@@ -43,9 +43,10 @@ $(VENV)/base: constraints.txt
 	$(PIP) install -q -c constraints.txt torch numpy setuptools ninja
 	@touch $@
 
-# What `--model torchvision:…`, `timm:…` and `hf:…` load; --no-deps, because torchvision and timm would choose a torch.
+# What `--model torchvision:…`, `timm:…` and `hf:…` load, and a peer of the circuits; --no-deps, because they would choose
+# a torch.
 $(VENV)/vision: $(VENV)/base
-	$(PIP) install -q -c constraints.txt --no-deps torchvision timm
+	$(PIP) install -q -c constraints.txt --no-deps torchvision timm zennit zennit-crp
 	$(PIP) install -q -c constraints.txt transformers
 	@touch $@
 

@@ -91,7 +91,6 @@ def test_what_cannot_be_done_is_said(data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("cluster")
-@pytest.mark.skipif(KILLS < 10, reason="takes a while")
 def test_an_image_that_kills_every_actor_ends_the_job(data: Path, tmp_path: Path) -> None:
     images = np.load(data)[:20]
     images[9, 0, 0, 0] = 3
