@@ -78,12 +78,22 @@ inline bool has_avx512() {
   return has;
 }
 
-MINEXP_AVX512 inline __m512 fast_exp2(__m512 x) {
-  const __m512 n = _mm512_roundscale_ps(x, 8), r = _mm512_sub_ps(x, n);
-  __m512 p = _mm512_set1_ps(.00132646528f);
-  for (const float c : {.00967151113f, .0555073395f, .240222424f, .693147004f, 1.f}) p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
-  return _mm512_scalef_ps(p, n);
-}
+// factor * 2^x in as many instructions as 2^x: the polynomial's coefficients, each times the factor.
+struct Powers {
+  __m512 coefficients[6];
+
+  MINEXP_AVX512 explicit Powers(float factor = 1) {
+    const float minimax[6] = {.00132646528f, .00967151113f, .0555073395f, .240222424f, .693147004f, 1.f};
+    for (int k = 0; k < 6; ++k) coefficients[k] = _mm512_set1_ps(minimax[k] * factor);
+  }
+
+  MINEXP_AVX512 __m512 of(__m512 x) const {
+    const __m512 n = _mm512_roundscale_ps(x, 8), r = _mm512_sub_ps(x, n);
+    __m512 p = coefficients[0];
+    for (int k = 1; k < 6; ++k) p = _mm512_fmadd_ps(p, r, coefficients[k]);
+    return _mm512_scalef_ps(p, n);
+  }
+};
 #endif
 
 }  // namespace minexp
