@@ -262,8 +262,8 @@ def _seconds(call: Callable[[], Any]) -> float:
 def _stub_units(number: int) -> Unit:
     """A core unit that costs next to nothing: a pixel's threshold."""
 
-    def call(images: Any) -> list[Row]:
-        masks = images[..., 0] > 128
+    def call(batch: Any) -> list[Row]:
+        masks = batch["image"][..., 0] > 128
         kept, area = masks[:, 0, 0].tolist(), masks.mean((1, 2)).tolist()
         return [
             {"status": "certified" if k else "uncertified", "label": int(k), "area": a, "kept": k, "mask": m}

@@ -36,12 +36,12 @@ class Stub:
             meet(self.start)
         fates = dict(self.fate)
 
-        def call(images: Any) -> list[dict[str, Any]]:
+        def call(batch: Any) -> list[dict[str, Any]]:
             time.sleep(self.seconds)
-            for image in images:
+            for image in batch["image"]:
                 if (value := int(image[0, 0, 0])) in fates:
                     meet(fates[value])
-            return [row(image) for image in images]
+            return [row(image) for image in batch["image"]]
 
         return ImageUnit(call)
 

@@ -96,7 +96,7 @@ def test_an_image_that_kills_every_actor_ends_the_job(data: Path, tmp_path: Path
     images[9, 0, 0, 0] = 3
     np.save(tmp_path / "d.npy", images)
     with pytest.raises(
-        MinexpError, match="every process that explains the images 0 to 19 dies.*--workers find"
+        MinexpError, match="every process that works on the images 0 to 19 dies.*--workers find"
     ):
         run(tmp_path / "d.npy", tmp_path / "out", Stub(fate=((3, "kill"),)), engine="ray")
 

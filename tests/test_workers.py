@@ -124,7 +124,7 @@ def test_an_image_that_kills_its_process_costs_only_its_own_row(data: Path, tmp_
     summary = run(tmp_path / "d.npy", tmp_path / "out", Stub(fate=((1, "kill"),)), workers=2)
     rows = read_store(tmp_path / "out").to_pylist()
     assert [row["id"] for row in rows if row["status"] == "error"] == ["d.npy#17"]
-    assert rows[17]["error"] == "ends every process that explains it (SIGKILL)"
+    assert rows[17]["error"] == "ends every process that works on it (SIGKILL)"
     assert len(rows) == 40 and summary["errors"] == 1 and summary["restarts"] >= 3
     assert verify_store(tmp_path / "out") == []
 

@@ -35,13 +35,14 @@ class Tally:
     @classmethod
     def of(cls, table: Table, rows: pa.Table) -> Tally:
         counts = {status: pc.sum(pc.equal(rows["status"], status)).as_py() or 0 for status in table.statuses}
-        sums = {
-            name: (
-                float(pc.sum(rows[name].cast(pa.float64())).as_py() or 0.0),
-                len(rows) - rows[name].null_count,
+        sums = {}
+        for name in table.means:
+            column = rows[name]
+            values = pc.list_value_length(column) if pa.types.is_list(column.type) else column
+            sums[name] = (
+                float(pc.sum(values.cast(pa.float64())).as_py() or 0.0),
+                len(rows) - column.null_count,
             )
-            for name in table.means
-        }
         return cls(counts, sums)
 
     def __add__(self, other: Tally) -> Tally:

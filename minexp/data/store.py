@@ -57,7 +57,6 @@ __all__ = [
     "unpack_mask",
     "verify_store",
 ]
-_FEWEST, _MOST = 256, 8192  # rows a shard: few are lost with a process, many are opened quickly
 
 
 class Store:
@@ -92,7 +91,7 @@ class Store:
         self._release = hold(self, self.directory, part)
         self._closed = False
         try:
-            new = Manifest(table.format, dict(run), rows, shard_rows or _size(rows))
+            new = Manifest(table.format, dict(run), rows, shard_rows or _size(rows, table))
             self.manifest = self._manifest(new, resume)
             sweep(self.directory, self._mine)
             self._shards = self._adopted()
@@ -132,14 +131,19 @@ class Store:
         listed = {shard.name: shard for shard in read_shards(self.directory) if self._mine(shard.start)}
         found = {name for name in shard_files(self.directory) if self._mine(shard_range(name)[0])}
         for name in sorted(listed.keys() - found):
-            warnings.warn(f"{self.directory / name} is missing: its rows are explained again", stacklevel=4)
+            warnings.warn(f"{self.directory / name} is missing: its rows are made again", stacklevel=4)
         kept, end = {}, 0
         for name in sorted(found, key=lambda name: (shard_range(name)[0], -shard_range(name)[1])):
             stop = shard_range(name)[1]
             if stop <= end:
                 (self.directory / name).unlink()
                 continue
-            kept[name] = listed.get(name) or describe(self.directory / name, self.table)
+            shard = listed.get(name)
+            if shard is None or not shard.tally.sums.keys() >= set(
+                self.table.means
+            ):  # of a version with fewer means
+                shard = describe(self.directory / name, self.table)
+            kept[name] = shard
             end = max(end, stop)
         return kept
 
@@ -375,9 +379,9 @@ def _pick(shard: pq.ParquetFile, offsets: list[int]) -> Iterator[tuple[int, dict
         start += count
 
 
-def _size(rows: int | None) -> int:
+def _size(rows: int | None, table: Table) -> int:
     """Rows a shard: a power of two, such that a job has about a thousand shards."""
-    size = _FEWEST
-    while size < _MOST and rows is not None and rows > 1024 * size:
+    size, most = table.shard_rows
+    while size < most and rows is not None and rows > 1024 * size:
         size *= 2
     return size

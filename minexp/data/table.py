@@ -20,7 +20,9 @@ Columns = dict[str, npt.NDArray[Any]]
 @dataclass(frozen=True)
 class Table:
     """A kind of store. format: its name and version on disk; content, command: what it holds and what writes it, for
-    messages; schema: has `id` and `status`; means: columns whose means a job's summary gives.
+    messages; schema: has `id` and `status`; statuses: the first is that of a good row; means: columns whose means a
+    job's summary gives, of lists the mean length; shard_rows: fewest and most rows a shard, as few are lost with a
+    process and many are opened quickly.
     """
 
     format: str
@@ -29,6 +31,7 @@ class Table:
     schema: pa.Schema
     statuses: tuple[str, ...]
     means: tuple[str, ...] = ()
+    shard_rows: tuple[int, int] = (256, 8192)
 
     @property
     def columns(self) -> tuple[str, ...]:

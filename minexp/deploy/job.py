@@ -16,7 +16,7 @@ import numpy as np
 from .. import __version__
 from ..data.decoding import decode_image
 from ..data.sources import ImageSource, load_uri
-from ..data.store import read_rows, read_run, unpack_mask
+from ..data.store import Columns, read_rows, read_run, unpack_mask
 from ..errors import MinexpError, RequestError
 from ..jobs.engine import ONE_PROCESS, Placement, run_job
 from ..jobs.unit import ImageUnit, Pixels, Row, Unit
@@ -51,8 +51,8 @@ def explain_dataset(
 
 
 def _unit(explainer: Explainer) -> Unit:
-    def call(images: Pixels) -> Sequence[Row]:
-        return explainer.explain(images).rows()
+    def call(batch: Columns) -> Sequence[Row]:
+        return explainer.explain(batch["image"]).rows()
 
     return ImageUnit(call)
 

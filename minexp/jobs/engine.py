@@ -31,7 +31,7 @@ class Placement:
 
     workers: processes; 1 is this one. part: (i, n), the i-th of n parts of the job. errors: rows with an error after
     which the job ends; 0 is the first one, None never. address, gpus: of the Ray cluster, and of it a worker.
-    flush_seconds: how long explained rows wait for their shard to be full: what a killed process has to do again.
+    flush_seconds: how long rows wait for their shard to be full: what a killed process has to do again.
     """
 
     engine: Literal["local", "ray"] = "local"
@@ -44,7 +44,7 @@ class Placement:
 
     @property
     def in_process(self) -> bool:
-        """Does this process explain, so that it needs the model where it runs?"""
+        """Does this process do the work, so that it needs the model where it runs?"""
         return self.engine == "local" and self.workers == 1
 
     @property
@@ -75,11 +75,11 @@ def run_job(
 
     unit: makes the core unit (`minexp.jobs.unit`) of a worker, by its number. run: facts about the job, with
     `fingerprint`, `provider` and `precision`. row_bytes: what a row takes on disk at most, by default a mask and its
-    certificate. An input that cannot be decoded, or whose explanation throws, becomes a row with its error. A job that
+    certificate. An input that cannot be decoded, or for which the unit throws, becomes a row with its error. A job that
     was stopped goes on with the rows that are missing; ``resume=False`` starts over. What was left out of images
     (colour profiles) is said in a warning.
-    Returns the summary of the rows that this part of the job has in ``out`` (shares of 1; None where nothing was
-    explained). Raises RequestError when ``out`` holds another job or the disk is full, RowError after too many rows
+    Returns the summary of the rows that this part of the job has in ``out`` (shares of 1; None where no row has the
+    figure). Raises RequestError when ``out`` holds another job or the disk is full, RowError after too many rows
     with errors.
     """
     started = time.perf_counter()
@@ -97,7 +97,8 @@ def run_job(
             flush_seconds=placement.flush_seconds,
             fail_fast=placement.errors == 0,
         )
-        with Meter(store.rows, store.rows_done, quiet=not progress) as meter, stoppable() as stop:
+        good = table.statuses[0]
+        with Meter(store.rows, store.rows_done, good=good, quiet=not progress) as meter, stoppable() as stop:
             restarts = _Run(job, source, store, meter, placement).finish(stop)
         if store.rows_done < store.rows:
             stop.raise_if_set()
@@ -128,13 +129,13 @@ class _Run:
         self._before = store.tally.statuses.get("error", 0)
 
     def finish(self, stop: Stop) -> int:
-        """Explain what is missing, or as much as the signals let; the number of workers that were replaced."""
+        """Do what is missing, or as much as the signals let; the number of workers that were replaced."""
         restarts = 0
         if self._too_many():
             raise self._refusal()
         if gaps := self._store.missing():
             try:
-                restarts = self._explain(gaps, lambda: stop() or self._too_many())
+                restarts = self._work(gaps, lambda: stop() or self._too_many())
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
@@ -146,11 +147,11 @@ class _Run:
             raise self._refusal()
         return restarts
 
-    def _explain(self, gaps: list[tuple[int, int]], stopping: Callable[[], bool]) -> int:
+    def _work(self, gaps: list[tuple[int, int]], stopping: Callable[[], bool]) -> int:
         if self._placement.engine == "ray":
-            from .ray import explain_on_ray
+            from .ray import work_on_ray
 
-            return explain_on_ray(self._job, self._source, gaps, self._placement, self._take, stopping)
+            return work_on_ray(self._job, self._source, gaps, self._placement, self._take, stopping)
         if not self._placement.in_process:
             from .workers import Workers
 

@@ -12,12 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from .. import __version__
 from ..classifier import Classifier
 from ..data.sources import ImageSource
-from ..errors import RequestError
+from ..data.table import Columns
 from ..explanation import explain, make_backgrounds
 from ..masker import Masker
 from ..minimise import Minimisation
@@ -26,10 +25,10 @@ from ..predicate import Predicate, Sufficient
 from ..search import Effort
 from ..weights import state_digest
 from .engine import ONE_PROCESS, Placement, run_job
+from .subject import Given, Load, images_on, load_for
 from .unit import ImageUnit, Pixels, Row, Unit
 
 REFERENCES = 32  # images of the data that backgrounds are made from, where no masker brings its own
-Subject = tuple[Classifier, Masker | None]
 
 
 def explain_dataset(
@@ -49,7 +48,7 @@ def explain_dataset(
     resume: bool = True,
     progress: bool = True,
     placement: Placement = ONE_PROCESS,
-    load: Callable[[str], Subject] | None = None,
+    load: Load | None = None,
     explain: Callable[..., Any] = explain,
 ) -> dict[str, Any]:
     """Explain every image of `source` and store one row for each in the directory `out`, in the source's order.
@@ -70,7 +69,7 @@ def explain_dataset(
     run["provider"] = f"torch-{torch.device(device).type}"
     given = load is None or placement.in_process
     units = _Units(
-        load=_Given(classifier, masker) if given or load is None else load,
+        load=Given(classifier, masker) if given or load is None else load,
         device=device,
         fingerprints=(run["classifier"], run["masker"]),
         reference=_reference(source, classifier) if masker is None else None,
@@ -94,23 +93,10 @@ def explain_dataset(
 
 
 @dataclass(frozen=True)
-class _Given:
-    """A classifier and a masker as they are, on the device asked for."""
-
-    classifier: Classifier
-    masker: Masker | None
-
-    def __call__(self, device: str) -> Subject:
-        if str(self.classifier.device) != device:
-            self.classifier.to(device)
-        return self.classifier, None if self.masker is None else self.masker.to(device)
-
-
-@dataclass(frozen=True)
 class _Units:
     """Makes the core unit of a worker. fingerprints: of the classifier and the masker that the job is about."""
 
-    load: Callable[[str], Subject]
+    load: Load
     device: str
     fingerprints: tuple[str, str | None]
     reference: Pixels | None
@@ -120,41 +106,20 @@ class _Units:
     settings: Mapping[str, Any]
 
     def __call__(self, number: int) -> Unit:
-        classifier, masker = self.load(_device(self.device, number))
-        made = (classifier.fingerprint, None if masker is None else state_digest(masker.state_dict()))
-        if made != self.fingerprints:
-            raise RequestError(
-                "the model that a worker loads is not the job's: its source makes another one every time (give"
-                " --weights FILE), or its files have changed"
-            )
+        classifier, masker = load_for(self.load, self.device, number, self.fingerprints)
         backgrounds = make_backgrounds(
             classifier,
             masker,
-            reference=None if self.reference is None else _pixels(self.reference, torch.device("cpu")),
+            reference=None if self.reference is None else images_on("cpu", self.reference),
             background=self.background,
             seed=self.seed,
         )
 
-        def call(images: Pixels) -> list[Row]:
-            x = _pixels(images, classifier.device)
+        def call(batch: Columns) -> list[Row]:
+            x = images_on(classifier.device, batch["image"])
             return list(self.explain(classifier, x, masker, backgrounds=backgrounds, **self.settings).rows())
 
         return ImageUnit(call)
-
-
-def _device(asked: str, number: int) -> str:
-    """The device of a worker: GPUs in turn where one is asked for without its number."""
-    if asked not in ("cuda", "cuda:0") or (count := torch.cuda.device_count()) < 2:
-        return asked
-    return f"cuda:{number % count}"
-
-
-def _pixels(images: Pixels, device: torch.device) -> Tensor:
-    """uint8 [B,H,W,C] as float [B,C,H,W] in [0, 1]; it is the bytes that cross to a GPU, while it still computes."""
-    x = torch.from_numpy(images)
-    if device.type == "cuda":
-        x = x.pin_memory().to(device, non_blocking=True)
-    return x.permute(0, 3, 1, 2).float().div_(255)
 
 
 def _describe(

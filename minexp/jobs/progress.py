@@ -19,12 +19,13 @@ EVERY = 30.0  # seconds between lines where there is no terminal
 class Meter:
     """Counts rows, those on disk and those on their way there, and shows them on stderr.
 
-    total: rows there will be; done: those there were at the start. quiet: count only. notes: what was left out of
-    images, by how many.
+    total: rows there will be; done: those there were at the start. good: the status whose share is shown. quiet: count
+    only. notes: what was left out of images, by how many.
     """
 
-    def __init__(self, total: int, done: int, *, quiet: bool) -> None:
+    def __init__(self, total: int, done: int, *, good: str, quiet: bool) -> None:
         self.total, self._resumed, self._stored = total, done, done
+        self._good = good
         self._on_the_way: dict[int, Counter[str]] = {}
         self._statuses: Counter[str] = Counter()
         self.notes: Counter[str] = Counter()
@@ -58,7 +59,7 @@ class Meter:
         rows, new = self.rows, self.rows - self._resumed
         self._bar.n = rows
         if new > 0:
-            self._bar.set_postfix(certified=f"{self.count('certified') / new:.1%}", refresh=False)
+            self._bar.set_postfix({self._good: f"{self.count(self._good) / new:.1%}"}, refresh=False)
         self._bar.update(0)
         if self._lines and (now := time.monotonic()) - self._told >= EVERY:
             self._told = now
@@ -69,7 +70,7 @@ class Meter:
         return {
             "rows": rows,
             "total": self.total,
-            "certified": self.count("certified"),
+            self._good: self.count(self._good),
             "errors": self.count("error"),
             "images_per_second": round(rate, 3),
             "seconds_left": round((self.total - rows) / rate) if rate > 0 else None,

@@ -38,7 +38,7 @@ WAVE = 4096  # blocks the driver hands to Ray Data at a time, whose description 
 DEATHS = 3  # of actors on one block before the job ends instead of trying for ever
 
 
-def explain_on_ray(
+def work_on_ray(
     job: Job,
     source: ImageSource,
     gaps: Sequence[tuple[int, int]],
@@ -46,7 +46,7 @@ def explain_on_ray(
     emit: Callable[[Event, int], None],
     stopping: Callable[[], bool],
 ) -> int:
-    """Explain the positions of the gaps; 0, because Ray replaces processes by itself.
+    """Do the positions of the gaps; 0, because Ray replaces processes by itself.
 
     Raises RequestError when the cluster has no CPU to spare for reading beside the workers or no common directory.
     """
@@ -71,7 +71,7 @@ def explain_on_ray(
 def _shards(job: Job, tasks: list[Task], placement: Placement) -> Iterator[tuple[Shard, dict[str, int]]]:
     """The tasks' shards as they get written, and what was left out of images."""
     dataset = ray.data.read_datasource(_Blocks(job, tasks), override_num_blocks=len(tasks)).map_batches(
-        _Explainer,
+        _Worker,
         fn_constructor_args=(job,),
         # A block at a time: for GPUs Ray Data wants a number, and may then put short blocks together or cut one.
         batch_size=max(task.stop - task.start for task in tasks) if placement.gpus else None,
@@ -118,7 +118,7 @@ def _read(job: Any, task: Task) -> Iterable[Any]:
     return [BlockAccessor.batch_to_block(batch)]
 
 
-class _Explainer:
+class _Worker:
     """An actor: makes the core unit once, then turns a block of images into a shard."""
 
     def __init__(self, job: Job) -> None:
@@ -131,7 +131,7 @@ class _Explainer:
         shards, failure = [], b""
         try:
             for run in runs:
-                shards.append(self._explain({name: values[run] for name, values in block.items()}).to_json())
+                shards.append(self._shard({name: values[run] for name, values in block.items()}).to_json())
         except (MinexpError, OSError) as error:  # said by the driver; thrown here, Ray would print its trace
             failure = pickle.dumps(error)
         count = len(shards) + bool(failure)
@@ -142,14 +142,14 @@ class _Explainer:
             "failure": objects([*[b""] * len(shards), failure][:count]),
         }
 
-    def _explain(self, run: Columns) -> Shard:
+    def _shard(self, run: Columns) -> Shard:
         """The shard of images at consecutive positions."""
         job, start, count = self._job, int(run["position"][0]), len(run["position"])
         reserve, trial = Reserve(job.directory), job.directory / f".reserve-{start}-trial"
         deaths = trial.stat().st_size if trial.exists() else 0
         if deaths >= DEATHS:
             raise MinexpError(
-                f"every process that explains the images {start} to {start + count - 1} dies: without --engine ray,"
+                f"every process that works on the images {start} to {start + count - 1} dies: without --engine ray,"
                 " several --workers find the one that does it"
             )
         trial.write_bytes(bytes(deaths + 1))

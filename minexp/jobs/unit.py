@@ -30,34 +30,35 @@ class DeviceError(MinexpError):
 
 
 class ImageUnit:
-    """A unit made of a call that explains images: uint8 [B,H,W,C] in, one row an image out, but for where it came from.
+    """A unit made of a call: a batch of images that could be read in, one row an image out, but for where it came from.
 
     When the call throws for a batch, the images are tried one by one, so that only the culprit's row carries the error.
     """
 
-    def __init__(self, call: Callable[[Pixels], Sequence[Row]]) -> None:
+    def __init__(self, call: Callable[[Columns], Sequence[Row]]) -> None:
         self._call = call
 
     def __call__(self, batch: Columns) -> Columns:
         readable = np.array([not error for error in batch["error"]], bool)
-        explained = iter(self._each(batch["image"][readable]) if readable.any() else ())
+        made = iter(self._each({k: v[readable] for k, v in batch.items()}) if readable.any() else ())
         rows = [
-            next(explained) if good else error_row(error)
+            next(made) if good else error_row(error)
             for good, error in zip(readable, batch["error"], strict=True)
         ]
         return {**origin(batch), **by_column(rows)}
 
-    def _each(self, images: Pixels) -> list[Row]:
+    def _each(self, batch: Columns) -> list[Row]:
         try:
-            return list(self._call(images))
+            return list(self._call(batch))
         except RequestError:
             raise  # no single image is at fault
         except Exception as error:
             if "CUDA error" in str(error):
                 raise DeviceError(describe(error)) from error
-            if len(images) == 1:
+            if len(batch["id"]) == 1:
                 return [error_row(describe(error))]
-        return [self._each(images[place : place + 1])[0] for place in range(len(images))]
+        alone = (slice(place, place + 1) for place in range(len(batch["id"])))
+        return [self._each({k: v[one] for k, v in batch.items()})[0] for one in alone]
 
 
 def origin(batch: Columns) -> Columns:

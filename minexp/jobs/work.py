@@ -13,6 +13,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pyarrow as pa
+
 from ..data.items import ImageSource
 from ..data.preprocessing import Preprocessing
 from ..data.shard import Reserve, Shard, write_shard
@@ -56,7 +58,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Progress:
-    """Rows explained that are not on disk yet, by status; and what was left out of their images, by how many."""
+    """Rows made that are not on disk yet, by status; and what was left out of their images, by how many."""
 
     statuses: Mapping[str, int]
     notes: Mapping[str, int]
@@ -71,7 +73,7 @@ class Finished:
 
 @dataclass(frozen=True)
 class Lost:
-    """A worker died: what it had explained and not stored is to be done again."""
+    """A worker died: what it had done and not stored is to be done again."""
 
 
 Event = Shard | Progress | Finished | Lost
@@ -86,23 +88,21 @@ class RowError(MinexpError):
 def work(
     job: Job, unit: Unit, tasks: Iterator[Task], emit: Callable[[Event], None], stopping: Callable[[], bool]
 ) -> None:
-    """Do the tasks in order; the next batch is read and decoded while one is explained.
+    """Do the tasks in order; the next batch is read and decoded while the unit has one.
 
-    What is explained reaches the disk whatever happens in between: an exception or ``stopping`` ends the work after
-    the rows that are ready are written.
+    What is made reaches the disk whatever happens in between: an exception or ``stopping`` ends the work after the rows
+    that are ready are written.
     """
     rows = _Rows(job, emit)
     try:
         for task, batch in ahead(batches_of(job, tasks, job.batch), depth=2):
             rows.expect(task, int(batch["position"][0]))
-            explained = unit(batch)
+            made = unit(batch)
             try:
-                rows.add(check_rows(job, batch, explained), count_notes(batch))
+                rows.add(check_rows(job, batch, made), count_notes(batch))
             except RowError:
-                rows.add(
-                    _stored({name: values[: _first_error(explained)] for name, values in explained.items()}),
-                    count_notes(batch),
-                )
+                good = {name: values[: _first_error(made)] for name, values in made.items()}
+                rows.add(_stored(job, good), count_notes(batch))
                 raise
             if rows.complete:
                 rows.flush()
@@ -119,7 +119,7 @@ class _Rows:
     def __init__(self, job: Job, emit: Callable[[Event], None]) -> None:
         self._job, self._emit, self._reserve = job, emit, Reserve(job.directory)
         self._start = self._stop = self._count = 0
-        self._waiting: list[Columns] = []
+        self._waiting: list[pa.Table] = []
         self._since = time.monotonic()
 
     def expect(self, task: Task, position: int) -> None:
@@ -129,12 +129,11 @@ class _Rows:
         self._start, self._stop, self._since = position, task.stop, time.monotonic()
         self._reserve.hold(position, (task.stop - position) * self._job.row_bytes)
 
-    def add(self, rows: Columns, notes: Mapping[str, int]) -> None:
-        count = len(rows["status"])
-        if count:
+    def add(self, rows: pa.Table, notes: Mapping[str, int]) -> None:
+        if len(rows):
             self._waiting.append(rows)
-            self._count += count
-            self._emit(Progress(Counter(rows["status"].tolist()), notes))
+            self._count += len(rows)
+            self._emit(Progress(Counter(rows["status"].to_pylist()), notes))
         if time.monotonic() - self._since > self._job.flush_seconds and not self.complete:
             self.flush()
 
@@ -208,20 +207,21 @@ def count_notes(batch: Columns) -> Mapping[str, int]:
     return Counter(note for note in batch["note"] if note)
 
 
-def check_rows(job: Job, batch: Columns, explained: Columns) -> Columns:
-    """What a unit made of a batch as the columns to store. Raises RowError where the job ends at an error."""
-    if len(explained["status"]) != len(batch["id"]):
-        raise ValueError(f"the unit made {len(explained['status'])} rows of {len(batch['id'])} images")
-    if job.fail_fast and "error" in explained["status"].tolist():
-        place = _first_error(explained)
+def check_rows(job: Job, batch: Columns, made: Columns) -> pa.Table:
+    """What a unit made of a batch as it is stored. Raises RowError where the job ends at an error."""
+    if len(made["status"]) != len(batch["id"]):
+        raise ValueError(f"the unit made {len(made['status'])} rows of {len(batch['id'])} images")
+    if job.fail_fast and "error" in made["status"].tolist():
+        place = _first_error(made)
         raise RowError(
-            f"{explained['id'][place]}: {explained['error'][place]} (--on-error skip stores such rows and goes on)"
+            f"{made['id'][place]}: {made['error'][place]} (--on-error skip stores such rows and goes on)"
         )
-    return _stored(explained)
+    return _stored(job, made)
 
 
-def _stored(rows: Columns) -> Columns:
-    return {name: values for name, values in rows.items() if name != "position"}
+def _stored(job: Job, rows: Columns) -> pa.Table:
+    """Rows that wait for their shard to be full do so in Arrow's columns: nested ones take much less memory there."""
+    return job.table.to_arrow({name: values for name, values in rows.items() if name != "position"})
 
 
 def _first_error(rows: Columns) -> int:

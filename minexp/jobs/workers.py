@@ -1,7 +1,7 @@
 """Worker processes of one machine: each does tasks one after the other, and is replaced when it dies. No torch.
 
 A worker is a child process with a pipe to its parent. It asks for a task when it can read one, and says what it has
-explained and stored. When it dies, what it stored is taken in and the rest of its tasks is given to another; a task
+done and stored. When it dies, what it stored is taken in and the rest of its tasks is given to another; a task
 that kills every worker is halved until the image that does it is known, which then becomes a row with an error.
 """
 
@@ -84,9 +84,9 @@ class Workers:
         self.deaths = 0
 
     def run(self, gaps: Iterable[tuple[int, int]], emit: Emit, stopping: Callable[[], bool]) -> None:
-        """Explain the positions of the gaps. emit: gets each event and the number of its worker.
+        """Do the positions of the gaps. emit: gets each event and the number of its worker.
 
-        An error of a worker is raised here, after the others have stored what they explained.
+        An error of a worker is raised here, after the others have stored what they have done.
         """
         todo = deque(gaps)
         error: BaseException | None = None
@@ -200,7 +200,7 @@ class Workers:
         reason = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         entry = next(self._source.part(start, stop)._entries(0, 1))  # decoded, it might end this process too
         row = {"id": entry.id, "uri": entry.uri, "truth": self._job.truths(entry.label)}
-        row |= error_row(f"ends every process that explains it ({reason})")
+        row |= error_row(f"ends every process that works on it ({reason})")
         job = self._job
         emit(write_shard(job.directory, job.table, job.run, start, [by_column([row])]), worker.number)
         return []
