@@ -18,7 +18,7 @@ from minexp.classifier import Classifier, load_classifier
 from minexp.data import scenes, subjects
 from minexp.data.files import replacing
 from minexp.data.sources import open_source
-from minexp.jobs.circuits import inputs_of_source, sample
+from minexp.jobs.circuits import sample
 
 REFERENCES = 128
 Say = Callable[[str], None]
@@ -73,8 +73,8 @@ def given_subject(model: str, data: str | None, weights: str | None, images: int
     if data is None:
         sys.exit("--model needs --data, images of yours")
     classifier = load_classifier(model, weights=weights)
-    inputs = inputs_of_source(open_source(data), classifier)
-    x, reference = sample(inputs, images), sample(inputs, REFERENCES)
+    source = open_source(data)
+    x, reference = sample(source, classifier, images), sample(source, classifier, REFERENCES)
     if x is None or reference is None:
         sys.exit(f"{data} has fewer than two images that can be read")
     return Subject(type(classifier.model).__name__, classifier, x, reference)

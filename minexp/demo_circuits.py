@@ -18,10 +18,10 @@ COUNT = 6  # explanations
 def circuits(out: Path, classifier: Classifier, reference: Tensor) -> tuple[Path, Section]:
     """The page of a few explanations' circuits beside those of their whole images, and what the report says of it."""
     directory = out / "circuits"
-    inputs = job.inputs_of_explanations(out / "explanations", classifier, COUNT)
+    source = job.explained_source(out / "explanations", classifier, COUNT)
     reader = job.make_reader(classifier, Settings(metric="log_prob"), reference)
-    summary, some = job.circuit_dataset(reader, inputs, directory, resume=False, progress=False, shown=COUNT)
-    if not some:
+    summary = job.circuit_dataset(reader, source, directory, resume=False, progress=False)
+    if not (some := job.shown(source, classifier, directory, COUNT)):
         return directory, Section("Circuits", "No circuit could be read.")
     page = write_circuit_page(reader, some, directory / "circuits.html", title="Circuits of scenes")
     text = (

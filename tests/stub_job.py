@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from faults import Chaos
 
 from minexp.data.preprocessing import Preprocessing
 from minexp.data.sources import open_source
@@ -30,6 +31,7 @@ class Stub:
     seconds: float = 0.0
     fate: tuple[tuple[int, str], ...] = ()
     start: str = ""
+    chaos: Chaos | None = None
 
     def __call__(self, number: int) -> Unit:
         if self.start:
@@ -37,6 +39,8 @@ class Stub:
         fates = dict(self.fate)
 
         def call(batch: Any) -> list[dict[str, Any]]:
+            if self.chaos is not None:
+                self.chaos.batch()
             time.sleep(self.seconds)
             for image in batch["image"]:
                 if (value := int(image[0, 0, 0])) in fates:
@@ -95,7 +99,8 @@ def run(data: Path, out: Path, stub: Stub = Stub(), **options: Any) -> dict[str,
 if __name__ == "__main__":
     data, out, options = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
     try:
-        print(json.dumps(run(data, out, Stub(options.pop("seconds", 0.0)), **options)))
+        chaos = Chaos(*options.pop("chaos")) if "chaos" in options else None
+        print(json.dumps(run(data, out, Stub(options.pop("seconds", 0.0), chaos=chaos), **options)))
     except MinexpError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

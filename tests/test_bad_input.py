@@ -221,14 +221,40 @@ def rows_listed(out: Path) -> int:
     return sum(shard.rows for shard in read_shards(out)) if (out / MANIFEST).exists() else 0
 
 
+HELD = """
+import sys, time
+from pathlib import Path
+
+sys.path.append({here!r})
+import small_net
+
+GATE, JOURNAL = Path({gate!r}), Path({journal!r})
+
+
+class Held(small_net.Colour):
+    def forward(self, x):
+        while GATE.exists() and JOURNAL.exists() and JOURNAL.stat().st_size:
+            time.sleep(0.01)
+        return super().forward(x)
+
+
+def classifier():
+    return small_net.Classifier(Held(), size=small_net.SIZE, class_names=small_net.NAMES)
+"""
+
+
 @pytest.mark.parametrize(("number", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGKILL", -9)])
 def test_a_stopped_job_goes_on_where_it_was(masker: Path, tmp_path: Path, number: str, code: int) -> None:
     count = 900
     images = np.random.default_rng(0).integers(0, 256, (count, SIZE, SIZE, 3), dtype=np.uint8)
     np.savez(tmp_path / "x.npz", x=images)
     out = tmp_path / "out"
-    arguments = ["explain", "--model", MODEL, "--masker", masker, "--data", tmp_path / "x.npz", "--out", out]
-    command = [sys.executable, "-m", "minexp.cli", *map(str, arguments)]
+    arguments = ["explain", "--masker", masker, "--data", tmp_path / "x.npz", "--out", out, "--model"]
+    # the same network, which waits with some rows stored until the signal is sent
+    (gate := tmp_path / "gate").touch()
+    paths = {"here": str(HERE), "gate": str(gate), "journal": str(out / "shards.jsonl")}
+    (tmp_path / "held.py").write_text(HELD.format(**paths))
+    command = [sys.executable, "-m", "minexp.cli", *map(str, arguments), f"{tmp_path / 'held.py'}:classifier"]
     job = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -238,11 +264,12 @@ def test_a_stopped_job_goes_on_where_it_was(masker: Path, tmp_path: Path, number
         # a test run started in the background ignores SIGINT, and its children would inherit that
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while rows_listed(out) == 0 and job.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     job.send_signal(getattr(signal, number))
-    stdout, stderr = job.communicate(timeout=120)
+    gate.unlink()
+    stdout, stderr = job.communicate(timeout=240)
     assert job.returncode == code, stderr
     assert stdout == ""
     assert "Traceback" not in stderr
@@ -251,7 +278,7 @@ def test_a_stopped_job_goes_on_where_it_was(masker: Path, tmp_path: Path, number
     assert verify_store(out) == []
     stored = read_store(out, ["id", "mask_crc32"])
     assert 0 < stored.num_rows < count
-    done = minexp(*arguments, "--json")
+    done = minexp(*arguments, MODEL, "--json")
     assert done.returncode in (0, 3), done.stderr
     summary = json.loads(done.stdout)
     assert (summary["rows"], summary["resumed"]) == (count, stored.num_rows)

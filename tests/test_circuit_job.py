@@ -1,6 +1,8 @@
 """Circuits of a dataset: a row for every input, stopped and gone on, from images and from explanations."""
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from minexp.circuit.circuit import Circuit
 from minexp.circuit.readout import Reader
 from minexp.circuit.settings import Settings
 from minexp.classifier import Classifier
-from minexp.data.sources import open_source
+from minexp.data.sources import ImageSource, open_source
 from minexp.data.store import MANIFEST, StoreWriter, read_run, read_store, verify_store
 from minexp.data.tables import CIRCUITS
 from minexp.errors import RequestError
@@ -38,15 +40,15 @@ def data(tmp_path: Path) -> Path:
     return tmp_path / "d.npz"
 
 
-def reader(classifier: Classifier, inputs: job.Inputs, **settings: Any) -> Reader:
-    return job.make_reader(classifier, Settings(**{**QUICK, **settings}), job.sample(inputs))
+def reader(classifier: Classifier, source: ImageSource, **settings: Any) -> Reader:
+    return job.make_reader(classifier, Settings(**{**QUICK, **settings}), job.sample(source, classifier))
 
 
 def test_a_row_for_every_image(classifier: Classifier, data: Path, tmp_path: Path) -> None:
-    inputs = job.inputs_of_source(open_source(data), classifier)
-    found = reader(classifier, inputs)
-    summary, some = job.circuit_dataset(found, inputs, tmp_path / "out", batch=3, progress=False, shown=2)
-    assert (summary["rows"], summary["errors"], summary["mode"], len(some)) == (7, 0, "exact", 2)
+    source = open_source(data)
+    found = reader(classifier, source)
+    summary = job.circuit_dataset(found, source, tmp_path / "out", batch=3, progress=False)
+    assert (summary["rows"], summary["errors"], summary["mode"]) == (7, 0, "exact")
     rows = read_store(tmp_path / "out", table=CIRCUITS).to_pylist()
     x = torch.from_numpy(np.load(data)["images"]).permute(0, 3, 1, 2).float() / 255
     alone = found.single(*found.prepare(x))
@@ -61,6 +63,14 @@ def test_a_row_for_every_image(classifier: Classifier, data: Path, tmp_path: Pat
     assert summary["faithfulness"] == pytest.approx(np.mean([r["faithfulness"] for r in rows]), abs=1e-4)
     assert summary["nodes"] == pytest.approx(np.mean([len(c.members) for c in alone]), abs=1e-3)
     assert summary["edges"] == pytest.approx(np.mean([len(c.edges) for c in alone]), abs=1e-3)
+    for (work, again), circuit in zip(job.shown(source, classifier, tmp_path / "out", 9), alone, strict=True):
+        assert again.test is not None and circuit.test is not None and work.mask is None
+        plain = replace(circuit, seconds=again.seconds, passes=again.passes).to_json()
+        close = json.loads(
+            json.dumps(again.to_json()), parse_float=lambda text: pytest.approx(float(text), 1e-4, 1e-5)
+        )
+        assert plain["test"].pop("random_curve") == close["test"].pop("random_curve") == []
+        assert plain == close
     assert verify_store(tmp_path / "out") == []
     nodes = duckdb.sql(f"select unnest(nodes, recursive := true) from '{tmp_path}/out/*.parquet'").fetchall()
     assert len(nodes) == sum(len(c.nodes) for c in alone)
@@ -69,10 +79,9 @@ def test_a_row_for_every_image(classifier: Classifier, data: Path, tmp_path: Pat
 def test_a_stopped_job_goes_on_and_ends_the_same(
     classifier: Classifier, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inputs = job.inputs_of_source(open_source(data), classifier)
-    found = reader(classifier, inputs)
-    monkeypatch.setattr(job, "ROWS_PER_SHARD", 2)
-    job.circuit_dataset(found, inputs, tmp_path / "whole", batch=2, progress=False)
+    source = open_source(data)
+    found = reader(classifier, source)
+    job.circuit_dataset(found, source, tmp_path / "whole", batch=2, progress=False)
     single = found.single
     calls = 0
 
@@ -85,19 +94,19 @@ def test_a_stopped_job_goes_on_and_ends_the_same(
 
     monkeypatch.setattr(found, "single", stops)
     with pytest.raises(KeyboardInterrupt):
-        job.circuit_dataset(found, inputs, tmp_path / "out", batch=2, progress=False)
+        job.circuit_dataset(found, source, tmp_path / "out", batch=2, progress=False)
     monkeypatch.setattr(found, "single", single)
-    summary, _ = job.circuit_dataset(found, inputs, tmp_path / "out", batch=3, progress=False)
+    summary = job.circuit_dataset(found, source, tmp_path / "out", batch=3, progress=False)
     assert (summary["resumed"], summary["rows"]) == (4, 7)
-    drop = ["seconds", "passes", "sizes", "curve", "nodes", "edges"]
+    drop = ["seconds", "passes", "sizes", "curve", "nodes", "edges", "notes"]
     whole, parts = (read_store(tmp_path / name, table=CIRCUITS) for name in ("whole", "out"))
     for one, other in zip(*(t.drop_columns(drop).to_pylist() for t in (whole, parts)), strict=True):
         assert one == pytest.approx(other, abs=1e-5)
     for one, other in zip(whole["nodes"].to_pylist(), parts["nodes"].to_pylist(), strict=True):
         assert [(n["layer"], n["unit"]) for n in one] == [(n["layer"], n["unit"]) for n in other]
     with pytest.raises(RequestError, match="circuits of another job"):
-        other = job.make_reader(classifier, Settings(**QUICK, seed=1), job.sample(inputs))
-        job.circuit_dataset(other, inputs, tmp_path / "out", progress=False)
+        other = job.make_reader(classifier, Settings(**QUICK, seed=1), job.sample(source, classifier))
+        job.circuit_dataset(other, source, tmp_path / "out", progress=False)
 
 
 def test_what_cannot_be_read_is_a_row_with_its_error(
@@ -111,8 +120,8 @@ def test_what_cannot_be_read_is_a_row_with_its_error(
         pixels = np.random.default_rng(number).integers(0, 256, (16, 16, 3)).astype(np.uint8)
         Image.fromarray(pixels).save(folder / f"{number}.png")
     (folder / "broken.png").write_bytes(b"no picture")
-    inputs = job.inputs_of_source(open_source(folder), classifier)
-    found = reader(classifier, inputs)
+    source = open_source(folder)
+    found = reader(classifier, source)
     single = found.single
 
     def fails(x: Tensor, label: Tensor) -> list[Circuit]:
@@ -123,7 +132,7 @@ def test_what_cannot_be_read_is_a_row_with_its_error(
     with Image.open(folder / "1.png") as picture:
         first = np.asarray(picture)[0, 0, 0] / 255
     monkeypatch.setattr(found, "single", fails)
-    summary, _ = job.circuit_dataset(found, inputs, tmp_path / "out", progress=False)
+    summary = job.circuit_dataset(found, source, tmp_path / "out", progress=False)
     rows = {row["id"]: row for row in read_store(tmp_path / "out", table=CIRCUITS).to_pylist()}
     assert summary["errors"] == 2 and summary["rows"] == 4
     assert rows["1.png"]["error"] == "ValueError: odd image" and rows["1.png"]["nodes"] is None
@@ -146,13 +155,15 @@ def explanations(directory: Path, data: Path, classifier: Classifier) -> Path:
 
 def test_circuits_of_stored_explanations(classifier: Classifier, data: Path, tmp_path: Path) -> None:
     stored = explanations(tmp_path / "explained", data, classifier)
-    inputs = job.inputs_of_explanations(stored, classifier)
-    found = reader(classifier, inputs, metric="logit")
-    summary, some = job.circuit_dataset(found, inputs, tmp_path / "out", progress=False, shown=9)
+    source = job.explained_source(stored, classifier)
+    found = reader(classifier, source, metric="logit")
+    summary = job.circuit_dataset(found, source, tmp_path / "out", progress=False)
+    some = job.shown(source, classifier, tmp_path / "out", 9)
     assert (summary["rows"], summary["errors"], len(some)) == (4, 1, 3)
+    assert all(work.mask is not None and work.mask[:8].all() and not work.mask[8:].any() for work, _ in some)
     x = torch.from_numpy(np.load(data)["images"][:3]).permute(0, 3, 1, 2).float() / 255
     x[:, :, 8:] = found.blank
-    assert torch.allclose(found.blank.flatten(), job.sample(inputs).mean((0, 2, 3)))  # type: ignore[union-attr]
+    assert torch.allclose(found.blank.flatten(), job.sample(source, classifier).mean((0, 2, 3)))  # type: ignore[union-attr]
     with torch.no_grad():
         score = classifier.logits(x)[:, 2]
     rows = read_store(tmp_path / "out", table=CIRCUITS).to_pylist()
@@ -160,21 +171,21 @@ def test_circuits_of_stored_explanations(classifier: Classifier, data: Path, tmp
     assert [row["full"] for row in rows[:3]] == pytest.approx(score.tolist(), abs=1e-4)
     assert rows[3]["error"] == "gone"
     with pytest.raises(RequestError, match="explanations of another classifier"):
-        job.inputs_of_explanations(stored, small(10))
+        job.explained_source(stored, small(10))
 
 
 def test_a_circuit_that_several_images_share(classifier: Classifier, data: Path) -> None:
-    inputs = job.inputs_of_source(open_source(data), classifier)
-    circuit, works = job.shared_circuit(reader(classifier, inputs, size=0.2), inputs)
+    source = open_source(data)
+    circuit, works = job.shared_circuit(reader(classifier, source, size=0.2), source)
     assert circuit.images == 7 == len(works) and circuit.stability is not None
-    one = job.inputs_of_source(open_source(data, limit=1), classifier)
+    one = open_source(data, limit=1)
     with pytest.raises(RequestError, match=r"has 1 image\(s\) that can be read; a shared circuit takes two"):
         job.shared_circuit(Reader(classifier, Settings(**QUICK)), one)
 
 
 def test_damage_is_found(classifier: Classifier, data: Path, tmp_path: Path) -> None:
-    inputs = job.inputs_of_source(open_source(data, limit=2), classifier)
-    job.circuit_dataset(Reader(classifier, Settings(**QUICK)), inputs, tmp_path / "out", progress=False)
+    source = open_source(data, limit=2)
+    job.circuit_dataset(Reader(classifier, Settings(**QUICK)), source, tmp_path / "out", progress=False)
     assert read_run(tmp_path / "out", CIRCUITS)["layers"][0] == {
         "name": "stem.0",
         "kind": "channel",
@@ -184,10 +195,15 @@ def test_damage_is_found(classifier: Classifier, data: Path, tmp_path: Path) -> 
         read_store(tmp_path / "out")
     row = read_store(tmp_path / "out", table=CIRCUITS).to_pylist()[0]
     with StoreWriter(tmp_path / "bad", run={"fingerprint": "f"}, table=CIRCUITS) as store:
-        store.write([row | {"nodes": row["nodes"][1:]}])
-    assert [p.partition(": ")[2] for p in verify_store(tmp_path / "bad")] and "is no node" in verify_store(
-        tmp_path / "bad"
-    )[0]
+        lost = [node for node in row["nodes"] if node["layer"] != row["edges"][0]["source_layer"]]
+        store.write([row | {"id": "lost", "nodes": lost, "size": len(lost) / row["universe"]}])
+        store.write([row | {"id": "less", "nodes": row["nodes"][:-1], "edges": []}])
+        store.write([row | {"id": "none", "nodes": None}, row | {"id": "fine"}])
+    said = dict(re.findall(r"id '(\w+)': (.*)", "\n".join(verify_store(tmp_path / "bad"))))
+    assert re.fullmatch(r"an edge ends at \S+/\d+, which is no node", said.pop("lost"))
+    count = sum(node["rank"] >= 0 for node in row["nodes"])
+    assert said.pop("less") == f"{count - 1} nodes, where its size says {count}"
+    assert said == {"none": "no nodes or no edges"}
     shard = next((tmp_path / "out").glob("shard*"))
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
@@ -232,7 +248,7 @@ def test_the_command_from_images_to_page(
     code, _, err = call("report", tmp_path / "out", capsys=capsys)
     assert code == 2 and "holds circuits, no explanations" in err
     code, out, _ = call(*arguments, "--sizes", 0.4, 1, capsys=capsys)
-    assert code == 0 and "resumed       5" in out
+    assert code == 0 and re.search("resumed +5\n", out)
     one = [*arguments[:6], tmp_path / "one", *arguments[7:], "--limit", 1, "--ablation", "blank", "--quiet"]
     assert call(*one, capsys=capsys) == (0, "", "")
     circuit = Circuit.load(tmp_path / "one" / "circuit.json")

@@ -1,22 +1,19 @@
 """The Ray engine: the same store as one process writes, whatever is killed."""
 
-import json
 import os
-import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from faults import Chaos, same, survive
 from stub_job import Stub, make_data, run
-from test_workers import same, start
 
-from minexp.data.store import read_shards, read_store, verify_store
+from minexp.data.store import read_store
 from minexp.errors import MinexpError, RequestError
 
 ray = pytest.importorskip("ray")
-KILLS = int(os.environ.get("MINEXP_KILLS", "2"))  # more where there is time
+KILLS = int(os.environ.get("MINEXP_KILLS", "3"))  # more where there is time: a new driver takes half a minute
 pytestmark = pytest.mark.timeout(900)
 
 
@@ -39,18 +36,6 @@ def cluster() -> Iterator[None]:
     ray.init(num_cpus=3, num_gpus=1, runtime_env={"env_vars": here}, **quiet)
     yield
     ray.shutdown()
-
-
-def actors() -> list[int]:
-    """Processes that explain."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if path.read_bytes().startswith(b"ray::MapWorker"):
-                found.append(int(path.parent.name))
-        except OSError:
-            continue
-    return found
 
 
 @pytest.mark.usefixtures("cluster")
@@ -104,27 +89,8 @@ def test_an_image_that_kills_every_actor_ends_the_job(data: Path, tmp_path: Path
 def test_killed_actors_and_drivers_lose_and_double_nothing(
     data: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    rng, out = np.random.default_rng(0), tmp_path / "out"
-    options = {"engine": "ray", "workers": 2, "seconds": 0.1 * max(1, KILLS / 4)}
-    killed = {"actor": 0, "driver": 0}
-    job = start(data, out, **options)
-    while sum(killed.values()) < KILLS and job.poll() is None:
-        time.sleep(rng.uniform(0.2, 1.0))
-        if not (workers := actors()) or not out.exists() or not read_shards(out):
-            continue
-        if killed["driver"] < killed["actor"]:
-            job.kill()
-            job.communicate()
-            killed["driver"] += 1
-            assert verify_store(out) == []
-            job = start(data, out, **options)
-            while actors():  # of the cluster that goes down with its driver
-                time.sleep(0.1)
-        else:
-            os.kill(int(rng.choice(workers)), signal.SIGKILL)
-            killed["actor"] += 1
-    stdout, stderr = job.communicate(timeout=600)
-    assert job.returncode == 0, stderr
-    assert min(killed.values()) > 0 and sum(killed.values()) == KILLS
-    assert json.loads(stdout)["rows"] == 2000 == read_store(out).num_rows
+    chaos, out = Chaos(str(tmp_path / "chaos"), KILLS, parents=2), tmp_path / "out"
+    summary = survive(chaos, data, out, engine="ray", workers=2, batch=64, seconds=0.05)
+    assert chaos.given == KILLS and summary["begun"] == 1 + KILLS // 2
+    assert summary["rows"] == 2000 == read_store(out).num_rows
     assert same(out, undisturbed)

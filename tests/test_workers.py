@@ -6,7 +6,6 @@ import os
 import pickle
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,51 +13,12 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from faults import Chaos, same, start, survive, wait_for
 from stub_job import Stub, make_data, run
 
 from minexp.data.sources import open_source
 from minexp.data.store import Store, read_shards, read_store, verify_store
 from minexp.errors import MinexpError, RequestError
-
-KILLS = int(os.environ.get("MINEXP_KILLS", "8"))  # 50 where there is time
-HERE = Path(__file__).parent
-
-
-def same(one: Path, other: Path) -> bool:
-    """Row for row, and both whole."""
-    assert verify_store(one) == verify_store(other) == []
-    tables = [read_store(out).drop_columns(["ms"]) for out in (one, other)]
-    return bool(tables[0].equals(tables[1]))
-
-
-def children(pid: int) -> list[int]:
-    """Processes that a process started and that explain (multiprocessing has one of its own for semaphores)."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(path.read_text().rpartition(")")[2].split()[1])
-            if parent == pid and b"spawn_main" in path.with_name("cmdline").read_bytes():
-                found.append(int(path.parent.name))
-        except (OSError, ValueError):
-            continue
-    return found
-
-
-def start(data: Path, out: Path, **options: Any) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable, str(HERE / "stub_job.py"), str(data), str(out), json.dumps(options)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-
-
-def wait_for(out: Path, pattern: str) -> None:
-    deadline = time.monotonic() + 60
-    while not any(out.glob(pattern)):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")
@@ -85,33 +45,13 @@ def test_workers_store_what_one_process_stores(data: Path, undisturbed: Path, tm
     }
 
 
-@pytest.mark.skipif(not Path("/proc/self").exists(), reason="finds the workers in /proc")
 @pytest.mark.timeout(900)
-def test_random_kills_of_workers_and_parents_lose_and_double_nothing(
+def test_fifty_kills_of_workers_and_parents_lose_and_double_nothing(
     data: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    rng, out = np.random.default_rng(int(os.environ.get("MINEXP_SEED", "0"))), tmp_path / "out"
-    killed = {"worker": 0, "parent": 0}
-    options = {"workers": 2, "flush_seconds": 0.1, "batch": 8, "seconds": 0.05 * max(1, KILLS / 8)}
-    job = start(data, out, **options)
-    while sum(killed.values()) < KILLS and job.poll() is None:
-        time.sleep(rng.uniform(0.0, 0.5))
-        # those that have begun: a job whose workers die while they start, three in a row, ends
-        workers = [pid for pid in children(job.pid) if any(out.glob(f".reserve-*-{pid}"))]
-        if not workers:
-            time.sleep(0.05)
-        elif sum(killed.values()) % 3 == 2:
-            job.kill()
-            job.communicate()
-            killed["parent"] += 1
-            job = start(data, out, **options)
-        else:
-            os.kill(int(rng.choice(workers)), signal.SIGKILL)
-            killed["worker"] += 1
-    stdout, stderr = job.communicate(timeout=600)
-    assert job.returncode == 0, stderr
-    summary = json.loads(stdout)
-    assert sum(killed.values()) == KILLS and min(killed.values()) > 0, killed
+    chaos, out = Chaos(str(tmp_path / "chaos"), 50), tmp_path / "out"
+    summary = survive(chaos, data, out, workers=2, flush_seconds=0.05, batch=8, seconds=0.03)
+    assert chaos.given == 50 and summary["begun"] == 11
     assert summary["rows"] == 2000
     assert same(out, undisturbed)
     assert not [path.name for path in out.iterdir() if "partial" in path.name or "reserve" in path.name]
@@ -157,7 +97,7 @@ def test_a_signal_lets_the_workers_store_what_they_have(
     data: Path, undisturbed: Path, tmp_path: Path, number: int, code: int
 ) -> None:
     out = tmp_path / "out"
-    job = start(data, out, workers=2, seconds=0.05)
+    job = start(data, out, workers=2, seconds=0.3)
     wait_for(out, ".reserve*")
     time.sleep(0.6)
     os.kill(job.pid, number)

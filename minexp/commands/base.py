@@ -79,8 +79,8 @@ class WithModel(Command):
     trust_model: bool = False
     """Load a .pt2 model although that runs code in it."""
 
-    def classifier(self) -> Any:
-        """The Classifier these options describe."""
+    def classifier(self, device: str | None = None) -> Any:
+        """The Classifier these options describe, on another device than they say where one is given."""
         import torch
 
         from ..classifier import load_classifier
@@ -93,7 +93,9 @@ class WithModel(Command):
         if self.target is not None:
             target = parse_target(self.target, keep=self.keep, tolerance=self.tolerance)
         execution = Execution(self.precision, self.channels_last, self.compile)
-        auto = "cuda" if torch.cuda.is_available() else "cpu"
+        device = device or self.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
         return load_classifier(
             self.model,
             weights=self.weights,
@@ -106,7 +108,7 @@ class WithModel(Command):
             taps=self.taps or None,
             target=target,
             execution=None if execution.plain else execution,
-            device=auto if self.device == "auto" else self.device,
+            device=device,
             trust_model=self.trust_model,
         )
 

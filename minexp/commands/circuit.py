@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from ..errors import RequestError
-from .base import DONE, PARTLY, WithModel, at_least_one, table
+from .base import DONE, PARTLY, WithModel, table
+from .engine import WithEngine, gpus_here
+
+if TYPE_CHECKING:
+    from ..classifier import Classifier
+    from ..data.sources import ImageSource
 
 
 @dataclass(frozen=True, kw_only=True)
-class Circuit(WithModel):
+class Circuit(WithModel, WithEngine):
     """Read circuits: which channels, heads and neurons carry each decision, tested by ablation."""
 
     example = "minexp circuit --model torchvision:resnet18 --explanations runs/photos --out runs/circuits"
@@ -47,12 +51,8 @@ class Circuit(WithModel):
     """Images on the page."""
     batch: int = 16
     """Images at once; no effect on the answers."""
-    limit: int | None = None
-    """Only the first images."""
     seed: int = 0
     """Seed of random circuits and resampled images."""
-    resume: bool = True
-    """Start over instead of going on behind the last stored row."""
 
     def run(self) -> int:
         from ..circuit.examine import SIZES
@@ -60,10 +60,15 @@ class Circuit(WithModel):
         from ..data.sources import open_source
         from ..jobs import circuits as job
         from ..jobs.circuit_page import write_circuit_page, write_shared_page
+        from ..jobs.engine import Placement
 
-        at_least_one("--batch", self.batch)
         if (self.data is None) == (self.explanations is None):
             raise RequestError("give either --data, images, or --explanations, a directory of minexp explain")
+        placement = self.placement(0 if self.device == "cpu" else gpus_here())
+        if self.together and placement != Placement():
+            raise RequestError(
+                "a circuit that images share is read in one process; leave --together or the engine out"
+            )
         settings = Settings(
             mode=self.mode,
             level=self.level,
@@ -75,39 +80,44 @@ class Circuit(WithModel):
             controls=self.controls,
             seed=self.seed,
         )
-        source = None if self.data is None else open_source(self.data, limit=self.limit)
-        classifier = self.classifier()
-        if source is not None:
-            inputs = job.inputs_of_source(source, classifier)
+        classifier = self.classifier(None if placement.engine == "local" else "cpu")
+        source: ImageSource
+        if self.data is not None:
+            source = open_source(self.data, limit=self.limit)
         else:
             assert self.explanations is not None
-            inputs = job.inputs_of_explanations(self.explanations, classifier, self.limit)
-        wanted = inputs
-        if self.reference is not None:
-            wanted = job.inputs_of_source(open_source(self.reference), classifier)
-        reader = job.make_reader(classifier, settings, job.sample(wanted))
-        title, page = f"{type(classifier.model).__name__} on {inputs.name}", self.out / "circuits.html"
+            source = job.explained_source(self.explanations, classifier, self.limit)
+        known = source if self.reference is None else open_source(self.reference)
+        reader = job.make_reader(classifier, settings, job.sample(known, classifier))
+        title, page = f"{type(classifier.model).__name__} on {source.name}", self.out / "circuits.html"
         if self.together:
-            circuit, works = job.shared_circuit(reader, inputs)
+            circuit, works = job.shared_circuit(reader, source)
             circuit.save(self.out / "circuit.json")
             circuit.save(self.out / "circuit.graphml")
             write_shared_page(reader, circuit, works, page, title=title)
             summary = job.figures(circuit)
         else:
-            summary, some = job.circuit_dataset(
+            summary = job.circuit_dataset(
                 reader,
-                inputs,
+                source,
                 self.out,
                 batch=self.batch,
                 resume=self.resume,
-                progress=not self.quiet and sys.stderr.isatty(),
-                shown=self.shown,
+                progress=not self.quiet,
+                placement=placement,
+                load=self.subject,
             )
-            if some:
-                write_circuit_page(reader, some, page, title=title)
-            if some and inputs.count == 1:
-                some[0][1].save(self.out / "circuit.json")
+            if "classes" in summary and (summary["resumed"] < summary["rows"] or not page.is_file()):
+                some = job.shown(source, classifier, self.out, self.shown)
+                if some:
+                    write_circuit_page(reader, some, page, title=title)
+                if some and len(source) == 1:
+                    some[0][1].save(self.out / "circuit.json")
         if page.is_file():
             summary |= {"page": str(page)}
         self.show(summary, table(summary))
         return PARTLY if summary["errors"] else DONE
+
+    def subject(self, device: str) -> tuple[Classifier, None]:
+        """What a worker needs of these options, on its device."""
+        return self.classifier(device), None

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -14,15 +11,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import RequestError
 from .base import DONE, PARTLY, WithModel, at_least_one, table
+from .engine import WithEngine, gpus_here
 
 if TYPE_CHECKING:
     from ..classifier import Classifier
-    from ..jobs.engine import Placement
     from ..masker import Masker
 
 
 @dataclass(frozen=True, kw_only=True)
-class Explain(WithModel):
+class Explain(WithModel, WithEngine):
     """Explain a set of images: one certified minimal mask and one stored row for each."""
 
     example = "minexp explain --model torchvision:resnet18 --masker masker.safetensors --data photos/ --out runs/photos"
@@ -66,33 +63,14 @@ class Explain(WithModel):
     """With score: the probability to reach."""
     background: Literal["mean", "black", "white"] = "mean"
     """What removed pixels become in the kept image."""
-    batch: int = 32
-    """Images at once; no effect on the answers."""
-    limit: int | None = None
-    """Only the first images."""
     seed: int = 0
     """Seed of the random backgrounds."""
-    resume: bool = True
-    """Start over instead of going on with the rows that are missing."""
-    engine: Literal["local", "ray"] = "local"
-    """local: this machine; ray: a Ray cluster (pip install 'minexp[ray]'). Both write the same store."""
-    workers: int = 1
-    """Processes that explain, each on a GPU or its share of the cores; 0: one a GPU or, without, one a core."""
-    shard: str = "0/1"
-    """I/N: only the I-th (from 0) of N parts of the job; the parts may run at once and share --out."""
-    on_error: str = "skip"
-    """A file that cannot be explained: skip (a row with its error), fail (stop there), or max=N (stop behind N)."""
-    address: str | None = None
-    """With ray: the cluster's address, such as auto or ray://head:10001; by default one is started here."""
-    gpus: float = 0.0
-    """With ray: GPUs a worker, a fraction where several share one."""
     provider: Literal["cpu", "cuda", "tensorrt", "openvino"] = "cpu"
     """With --onnx: where it runs; what is not there is an error."""
     threads: int = 1
     """With --onnx: threads of one image's operators."""
 
     def run(self) -> int:
-        at_least_one("--batch", self.batch)
         summary = self._with_torch() if self.onnx is None else self._without_torch(self.onnx)
         self.show(summary, table(summary) + f"\nnext: minexp report {self.out}")
         return PARTLY if summary["failed"] or summary["errors"] else DONE
@@ -116,19 +94,7 @@ class Explain(WithModel):
             batch=self.batch,
             resume=self.resume,
             progress=not self.quiet,
-            placement=self._placement(_gpus() if self.provider in ("cuda", "tensorrt") else 0),
-        )
-
-    def _placement(self, gpus: int) -> Placement:
-        """gpus: of this machine, that may be used."""
-        from ..jobs.engine import Placement
-
-        workers = self.workers or gpus or os.cpu_count() or 1
-        at_least_one("--workers", workers)
-        if self.engine == "local" and (self.address is not None or self.gpus):
-            raise RequestError("--address and --gpus belong to --engine ray; add it, or leave them out")
-        return Placement(
-            self.engine, workers, _part(self.shard), _errors(self.on_error), self.address, self.gpus
+            placement=self.placement(gpus_here() if self.provider in ("cuda", "tensorrt") else 0),
         )
 
     def _with_torch(self) -> dict[str, Any]:
@@ -154,7 +120,7 @@ class Explain(WithModel):
         elif self.cell is not None or self.max_evals is not None:
             raise RequestError("--cell and --max-evals belong to --effort minimal; add it, or leave them out")
         source = open_source(self.data, limit=self.limit)
-        placement = self._placement(0 if self.device == "cpu" else _gpus())
+        placement = self.placement(0 if self.device == "cpu" else gpus_here())
         classifier, masker = self.subject(None if placement.engine == "local" else "cpu")
         questions = self._questions(classifier)
         job = partial(
@@ -187,7 +153,7 @@ class Explain(WithModel):
         """The classifier and the masker that these options name, on a device (None: as the options say)."""
         from ..masker import load_masker
 
-        classifier = (self if device is None else replace(self, device=device)).classifier()
+        classifier = self.classifier(device)
         return classifier, None if self.masker is None else load_masker(self.masker, classifier)
 
     def _asks(self) -> bool:
@@ -226,31 +192,6 @@ def _class(text: str, names: Sequence[str]) -> int:
     raise RequestError(
         f"--why-not {text}: no class of that name, nor number from 0 to {len(names) - 1}{hint}"
     )
-
-
-def _gpus() -> int:
-    """GPUs of this machine, where torch is there to count them."""
-    if importlib.util.find_spec("torch") is None:
-        return 0
-    import torch
-
-    return int(torch.cuda.device_count())
-
-
-def _part(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
-    if match is None or int(match[1]) >= int(match[2]):
-        raise RequestError(f"--shard is {text}; give I/N with I from 0 to N-1, such as 0/4")
-    return int(match[1]), int(match[2])
-
-
-def _errors(text: str) -> int | None:
-    if text in ("skip", "fail"):
-        return None if text == "skip" else 0
-    match = re.fullmatch(r"max=([1-9]\d*)", text)
-    if match is None:
-        raise RequestError(f"--on-error is {text}; give skip, fail, or max=N with N at least 1")
-    return int(match[1])
 
 
 # Settings that an explainer.onnx carries.

@@ -14,12 +14,12 @@ from .base import DAMAGED, DONE, Command
 
 @dataclass(frozen=True, kw_only=True)
 class Verify(Command):
-    """Check a store (digests, page checksums, masks, counts, duplicates), or an explainer.onnx on its own pictures."""
+    """Check a store (digests, checksums, masks or circuits, counts, doubles), or an explainer.onnx on its pictures."""
 
     example = "minexp verify runs/photos"
 
     path: Positional[Path]
-    """Directory that `minexp explain` wrote, or an explainer.onnx of `minexp export`."""
+    """Directory that `minexp explain` or `minexp circuit` wrote, or an explainer.onnx of `minexp export`."""
     onnx: Path | None = None
     """With a directory: explain its images again with this explainer.onnx, here, and compare every row."""
     provider: Literal["cpu", "cuda", "tensorrt", "openvino"] = "cpu"
@@ -43,7 +43,7 @@ class Verify(Command):
             summary |= self._recomputed(self.onnx, found.rows)
         text = [*summary["problems"], f"{summary['ok']} of {found.rows} rows verify"]
         if found.missing:
-            text.append(f"{found.missing} rows are still missing: the same minexp explain goes on")
+            text.append(f"{found.missing} rows are still missing: the same {found.command} goes on")
         self.show(summary, "\n".join(text))
         return DAMAGED if summary["problems"] else DONE
 

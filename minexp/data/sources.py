@@ -53,9 +53,14 @@ def open_source(src: str | Path, *, limit: int | None = None) -> ImageSource:
 
 def load_uri(uri: str) -> npt.NDArray[np.uint8]:
     """Decode one item again by the ``uri`` it carried: uint8 [h, w, 3]. Raises RequestError."""
+    return decode_uri(uri).image
+
+
+def decode_uri(uri: str) -> Decoded:
+    """`load_uri` with what was left out of the image."""
     inside = _IN_CONTAINER.fullmatch(uri)
     if inside is None or os.path.isfile(uri):
-        return _load_file(uri).image
+        return _load_file(uri)
     place, key = Place(inside["path"]), inside["key"]
     try:
         version = place.version()
@@ -63,10 +68,10 @@ def load_uri(uri: str) -> npt.NDArray[np.uint8]:
         raise RequestError(f"{place} cannot be opened: {error.strerror}") from None
     container = _opened(place, version)
     if isinstance(container, TarSource):
-        return container.load(key).image
+        return container.load(key)
     if not key.isdecimal() or int(key) >= len(container):
         raise RequestError(f"{place} has {len(container)} images, no {key!r}")
-    return next(container._entries(int(key), int(key) + 1)).load().image
+    return next(container._entries(int(key), int(key) + 1)).load()
 
 
 @lru_cache(maxsize=2)

@@ -12,6 +12,7 @@ import contextlib
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -349,18 +350,28 @@ def read_store(
 
 
 def read_rows(
-    directory: str | Path, positions: Sequence[int], table: Table = EXPLANATIONS
+    directory: str | Path,
+    positions: Sequence[int],
+    table: Table = EXPLANATIONS,
+    *,
+    columns: Sequence[str] | None = None,
+    shards: Sequence[Shard] | None = None,
 ) -> list[dict[str, Any]]:
-    """Whole rows at the given places of `read_store`, in the order asked, reading only the row groups they lie in."""
+    """Rows at the given places of `read_store`, in the order asked, reading only the row groups they lie in.
+
+    columns: some of them, in place of whole rows. shards: those listed at another time, to whose rows the places refer.
+    """
     directory = Path(directory)
-    read_manifest(directory, table)
+    if shards is None:
+        read_manifest(directory, table)
+        shards = read_shards(directory)
     wanted = sorted(set(positions))
     found: dict[int, dict[str, Any]] = {}
     start = 0
-    for listed in read_shards(directory):
+    for listed in shards:
         here = [position - start for position in wanted if start <= position < start + listed.rows]
         if here:
-            picked = open_shard(directory / listed.name, lambda shard, here=here: dict(_pick(shard, here)))  # type: ignore[misc]
+            picked = open_shard(directory / listed.name, partial(_pick, offsets=here, columns=columns))
             found.update((start + offset, row) for offset, row in picked.items())
         start += listed.rows
     if missing := [position for position in wanted if position not in found]:
@@ -368,15 +379,19 @@ def read_rows(
     return [found[position] for position in positions]
 
 
-def _pick(shard: pq.ParquetFile, offsets: list[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+def _pick(
+    shard: pq.ParquetFile, offsets: list[int], columns: Sequence[str] | None
+) -> dict[int, dict[str, Any]]:
+    found: dict[int, dict[str, Any]] = {}
     start = 0
     for group in range(shard.num_row_groups):
         count = shard.metadata.row_group(group).num_rows
         here = [offset - start for offset in offsets if start <= offset < start + count]
         if here:
-            rows = shard.read_row_group(group).take(here).to_pylist()
-            yield from ((start + offset, row) for offset, row in zip(here, rows, strict=True))
+            rows = shard.read_row_group(group, columns=columns).take(here).to_pylist()
+            found |= {start + offset: row for offset, row in zip(here, rows, strict=True)}
         start += count
+    return found
 
 
 def _size(rows: int | None, table: Table) -> int:

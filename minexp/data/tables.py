@@ -6,19 +6,23 @@ import pyarrow as pa
 
 from .table import Table
 
+_ORIGIN = (
+    pa.field("id", pa.string(), nullable=False),
+    pa.field("uri", pa.string(), nullable=False),
+    pa.field("status", pa.string(), nullable=False),
+    ("error", pa.string()),
+    ("truth", pa.int32()),
+    ("label", pa.int32()),
+    ("label_name", pa.string()),
+)
+
 EXPLANATIONS = Table(
     "minexp.explanations/2",
     "explanations",
     "minexp explain",
     pa.schema(
         [
-            pa.field("id", pa.string(), nullable=False),
-            pa.field("uri", pa.string(), nullable=False),
-            pa.field("status", pa.string(), nullable=False),
-            ("error", pa.string()),
-            ("truth", pa.int32()),
-            ("label", pa.int32()),
-            ("label_name", pa.string()),
+            *_ORIGIN,
             ("conf", pa.float32()),
             ("label_masked", pa.int32()),
             ("conf_masked", pa.float32()),
@@ -81,36 +85,29 @@ _FIGURES = (
     *("random_faithfulness", "random_faithfulness_low", "random_faithfulness_high"),
     *("random_drop", "random_drop_low", "random_drop_high", "elsewhere", "cpr", "cmd", "passes", "seconds"),
 )
-_CIRCUIT_SCHEMA = pa.schema(
-    [
-        pa.field("id", pa.string(), nullable=False),
-        pa.field("uri", pa.string(), nullable=False),
-        pa.field("status", pa.string(), nullable=False),
-        ("error", pa.string()),
-        ("truth", pa.int32()),
-        ("label", pa.int32()),
-        ("label_name", pa.string()),
-        ("mode", pa.string()),
-        ("level", pa.string()),
-        ("ablation", pa.string()),
-        ("metric", pa.string()),
-        *((name, pa.float32()) for name in _FIGURES),
-        ("universe", pa.int32()),
-        ("sizes", pa.list_(pa.float32())),
-        ("curve", pa.list_(pa.float32())),
-        ("nodes", pa.list_(_NODE)),
-        ("edges", pa.list_(_EDGE)),
-    ]
-)
-
-
 CIRCUITS = Table(
-    "minexp.circuits/1",
+    "minexp.circuits/2",
     "circuits",
     "minexp circuit",
-    _CIRCUIT_SCHEMA,
+    pa.schema(
+        [
+            *_ORIGIN,
+            *((name, pa.string()) for name in ("mode", "level", "ablation", "metric")),
+            *((name, pa.float32()) for name in _FIGURES),
+            ("universe", pa.int32()),
+            ("sizes", pa.list_(pa.float32())),
+            ("curve", pa.list_(pa.float32())),
+            ("nodes", pa.list_(_NODE)),
+            ("edges", pa.list_(_EDGE)),
+            ("notes", pa.list_(pa.string())),
+        ]
+    ),
     statuses=("read", "error"),
-    means=("faithfulness", "cpr", "cmd", "inside_drop"),
+    means=(
+        *("size", "edges", "faithfulness", "cpr", "cmd", "inside_drop", "random_drop", "elsewhere"),
+        "passes",
+    ),
+    shard_rows=(16, 64),  # a row may take a minute, and has thousands of edges
 )
 TABLES = {table.format: table for table in (EXPLANATIONS, CIRCUITS)}
 COLUMNS = EXPLANATIONS.columns

@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from ..errors import one_line
 from .catalogue import Manifest, read_manifest, read_shards, shard_files
+from .nested import unnest
 from .shard import Shard, file_digest, shard_range
 from .table import Table, ones, row_lengths
 
@@ -29,9 +31,11 @@ class Findings:
     """Of a store. rows: listed; bad, duplicates: of them; missing: positions of the job that have no row yet, some of
     which may be in shards that a killed process left unlisted.
 
-    problems: one line each, naming the file and, where it is known, the row group; none when all is well.
+    command: what wrote it, and goes on with it. problems: one line each, naming the file and, where it is known, the
+    row group; none when all is well.
     """
 
+    command: str
     rows: int = 0
     bad: int = 0
     duplicates: int = 0
@@ -51,7 +55,8 @@ def verify_store(directory: str | Path) -> list[str]:
 def examine_store(directory: str | Path, *, progress: bool = False) -> Findings:
     """Read everything once and compare. Raises RequestError when there is no store, VerifyError for a damaged index."""
     directory = Path(directory)
-    manifest, listed, found = read_manifest(directory), read_shards(directory), Findings()
+    manifest, listed = read_manifest(directory), read_shards(directory)
+    found = Findings(manifest.table.command)
     present = shard_files(directory)
     found.rows = sum(shard.rows for shard in listed)
     if manifest.rows is not None:
@@ -150,22 +155,29 @@ def check_rows(table: Table, rows: pa.Table) -> Iterator[tuple[int, str]]:
     if "mask" in table.columns:
         yield from _masks(rows, status)
     if "edges" in table.columns:
-        yield from _ends(rows)
+        yield from _circuits(rows, status)
 
 
-def _ends(rows: pa.Table) -> Iterator[tuple[int, str]]:
-    """Circuits whose edges end at no node of theirs."""
-    columns = rows.select(["status", "nodes", "edges"]).to_pylist()
-    for number, row in enumerate(columns):
-        if row["status"] == "error":
-            continue
-        if row["nodes"] is None or row["edges"] is None:
-            yield number, "no nodes or no edges"
-            continue
-        there = {(node["layer"], node["unit"]) for node in row["nodes"]} | {("score", 0)}
-        ends = {(edge[f"{end}_layer"], edge[end]) for edge in row["edges"] for end in ("source", "target")}
-        if not ends <= there:
-            yield number, f"an edge ends at {min(ends - there)}, which is no node"
+def _circuits(rows: pa.Table, status: list[str]) -> Iterator[tuple[int, str]]:
+    """Circuits without nodes or edges, with another number of nodes than they say, or with edges that end at none."""
+    absent = np.asarray(pc.or_(pc.is_null(rows["nodes"]), pc.is_null(rows["edges"])).to_numpy(), bool)
+    for row in np.flatnonzero(absent).tolist():
+        if status[row] != "error":
+            yield row, "no nodes or no edges"
+    nodes, edges = unnest(rows, "nodes"), unnest(rows, "edges")
+    ranked = nodes.filter(pc.greater_equal(nodes["rank"], 0))["row"].to_numpy()
+    there = np.bincount(ranked, minlength=len(rows))
+    said = pc.round(pc.multiply(rows["size"].cast(pa.float64()), rows["universe"])).fill_null(-1).to_numpy()
+    for row in np.flatnonzero(~absent & (there != said)).tolist():
+        yield row, f"{there[row]} nodes, where its size says {said[row]:.0f}"
+    place = ["row", "layer", "unit"]
+    ends = [edges.select(["row", f"{end}_layer", end]).rename_columns(place) for end in ("source", "target")]
+    both = pa.concat_tables(ends)
+    lost = both.join(nodes.select(place), place, join_type="left anti")
+    lost = lost.filter(pc.or_(pc.not_equal(lost["layer"], "score"), pc.not_equal(lost["unit"], 0)))
+    first = {row["row"]: row for row in lost.sort_by([(name, "descending") for name in place]).to_pylist()}
+    for row in sorted(first.keys() - set(np.flatnonzero(absent).tolist())):
+        yield row, f"an edge ends at {first[row]['layer']}/{first[row]['unit']}, which is no node"
 
 
 def _masks(rows: pa.Table, status: list[str]) -> Iterator[tuple[int, str]]:

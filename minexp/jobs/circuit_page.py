@@ -13,7 +13,8 @@ from ..circuit.circuit import Circuit
 from ..circuit.crops import crop, most_active
 from ..circuit.readout import Reader
 from ..report.circuits import CircuitView, Crops, write_circuits
-from .circuits import Pixels, Work, kept_images, whole_images
+from .circuits import Work, kept_image, whole_images
+from .unit import Pixels
 
 CROPPED = 400  # units that the page shows crops of, the first in rank
 TILE = 40  # pixels
@@ -58,7 +59,7 @@ def write_circuit_page(
             whole = reader.single(image.to(label.device), label)[0]
             beside = [
                 ("the whole image", None, whole),
-                ("its kept pixels alone", pixels(kept_images(reader, [work])[0]), circuit),
+                ("its kept pixels alone", pixels(kept_image(reader, work)), circuit),
             ]
         views.append(CircuitView(work.id, circuit.label_name, pixels(image[0]), beside))
     circuits = [circuit for view in views for _, _, circuit in view.circuits]

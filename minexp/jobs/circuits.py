@@ -1,212 +1,190 @@
-"""A dataset's circuits: one row for every image, or for every stored explanation; resumable."""
+"""A dataset's circuits: the core unit that reads one for every image or stored explanation, and what identifies it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.compute as pc
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from .. import __version__
 from ..circuit.circuit import Circuit
-from ..circuit.readout import Reader
+from ..circuit.ranking import count_of
+from ..circuit.readout import LIMIT, Reader
 from ..circuit.settings import Settings
 from ..classifier import Classifier
-from ..data.sources import ImageSource, load_uri
-from ..data.store import StoreWriter, read_rows, read_run, read_store, unpack_mask
+from ..data.explained import ExplainedSource
+from ..data.sources import ImageSource
+from ..data.store import iter_store, read_rows, read_run
+from ..data.table import Columns
 from ..data.tables import CIRCUITS
-from ..errors import MinexpError, RequestError
+from ..errors import RequestError
+from .circuit_classes import is_complete, write_classes
+from .circuit_rows import circuit_of, row_of
+from .engine import ONE_PROCESS, Placement, run_job
+from .subject import Given, Load, images_on, load_for, some_of
+from .unit import ImageUnit, Pixels, Row, Unit
 
-ROWS_PER_SHARD = 64
 REFERENCES = 128  # images that baselines are averaged over
-Pixels = npt.NDArray[np.uint8]
+_NODE_BYTES, _EDGE_BYTES = 24, 20  # on disk, at most
 
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """An image as the classifier takes it, uint8 [H,W,C], or why there is none; of an explanation, mask and class."""
+    """An image as the classifier takes it, uint8 [H,W,C]; of an explanation, the mask [H,W] and the class as well."""
 
     id: str
     uri: str
-    image: Pixels | None
-    truth: int | None = None
-    error: str | None = None
+    image: Pixels
     mask: npt.NDArray[np.bool_] | None = None
     label: int | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class Inputs:
-    """What circuits are read of: ``count`` pieces of work from any position on, and facts that identify them."""
+def explained_source(directory: Path, classifier: Classifier, limit: int | None = None) -> ExplainedSource:
+    """Stored explanations, whose kept pixels circuits are read of.
 
-    name: str
-    fingerprint: str
-    count: int
-    start: Callable[[int], Iterator[Work]]
-
-
-def inputs_of_source(source: ImageSource, classifier: Classifier) -> Inputs:
-    """Every image of a source, as a whole."""
-
-    def start(position: int) -> Iterator[Work]:
-        for item in source.range(position, len(source)):
-            work = _prepared(classifier, item.id, item.uri, partial(_same, item.image))
-            error = item.error or work.error
-            yield Work(item.id, item.uri, work.image if item.error is None else None, item.label, error)
-
-    return Inputs(source.name, source.fingerprint(), len(source), start)
-
-
-def inputs_of_explanations(directory: Path, classifier: Classifier, limit: int | None = None) -> Inputs:
-    """The kept pixels of every stored explanation, for the class that it explains.
-
-    Raises RequestError for explanations of another classifier.
+    Raises RequestError for those of another classifier.
     """
-    run = read_run(directory)
-    if run.get("classifier", classifier.fingerprint) != classifier.fingerprint:
+    source = ExplainedSource(directory, limit)
+    if source.run.get("classifier", classifier.fingerprint) != classifier.fingerprint:
         raise RequestError(
             f"{directory} holds explanations of another classifier; give the model and weights they are of"
         )
-    total = read_store(directory, ["id"]).num_rows
-    count = total if limit is None else min(limit, total)
-
-    def start(position: int) -> Iterator[Work]:
-        for place in range(position, count):
-            row = read_rows(directory, [place])[0]
-            if row["mask"] is None:
-                yield Work(row["id"], row["uri"], None, row["truth"], row["error"] or "no mask is stored")
-                continue
-            work = _prepared(classifier, row["id"], row["uri"], partial(load_uri, row["uri"]))
-            mask = unpack_mask(row["mask"], row["h"], row["w"])
-            yield Work(row["id"], row["uri"], work.image, row["truth"], work.error, mask, row["label"])
-
-    return Inputs(
-        f"{run.get('source_name', directory.name)}, kept pixels",
-        f"{run['fingerprint']} {count}",
-        count,
-        start,
-    )
+    return source
 
 
-def sample(inputs: Inputs, count: int = REFERENCES) -> Tensor | None:
+def sample(source: ImageSource, classifier: Classifier, count: int = REFERENCES) -> Tensor | None:
     """Up to so many of the images, evenly spaced, float [M,C,H,W]; None where there are not two."""
-    pixels = []
-    for number in range(min(count, inputs.count)):
-        work = next(inputs.start(number * inputs.count // min(count, inputs.count)))
-        if work.image is not None:
-            pixels.append(work.image)
-    return _tensor(pixels) if len(pixels) > 1 else None
+    pixels = some_of(source, classifier.preprocessing, count)
+    return None if pixels is None else images_on("cpu", pixels)
 
 
-def make_reader(classifier: Classifier, settings: Settings, reference: Tensor | None) -> Reader:
+def make_reader(
+    classifier: Classifier, settings: Settings, reference: Tensor | None, blank: Tensor | None = None
+) -> Reader:
     """A job's reader: removed pixels take the mean colour of the reference images [M,C,H,W], where there are any."""
-    blank = None if reference is None else reference.mean((0, 2, 3)).view(1, -1, 1, 1)
+    if blank is None and reference is not None:
+        blank = reference.mean((0, 2, 3)).view(1, -1, 1, 1)
     return Reader(classifier, settings, reference=reference, blank=blank)
 
 
 def circuit_dataset(
     reader: Reader,
-    inputs: Inputs,
+    source: ImageSource,
     out: str | Path,
     *,
     batch: int = 16,
     resume: bool = True,
     progress: bool = True,
-    shown: int = 0,
-) -> tuple[dict[str, Any], list[tuple[Work, Circuit]]]:
-    """Read the circuit of every input and store one row for each in the directory ``out``, in order.
+    placement: Placement = ONE_PROCESS,
+    load: Load | None = None,
+) -> dict[str, Any]:
+    """Read the circuit of every image of `source` and store one row for each in the directory `out`, in order.
 
-    What cannot be decoded, or whose readout throws, becomes a row with its error. A job that was stopped goes on behind
-    its last stored row. Returns the summary of all rows, and the first ``shown`` circuits of those read now.
-    RequestError when ``out`` holds another job.
+    What cannot be decoded, or whose readout throws, becomes a row with its error. A job that was stopped goes on with
+    the rows that are missing. Neither the batch size nor the placement changes a circuit. When all rows are there, what
+    the circuits of each class share is written beside them (`minexp.jobs.circuit_classes`).
+    load: makes the classifier on a device, in each worker process; without it the reader's is sent there.
+    Returns the summary of the rows in `out`. Raises RequestError when `out` holds another job.
     """
-    classifier, settings, reference = reader.classifier, reader.settings, reader.reference
-    identity = {
-        "classifier": classifier.fingerprint,
-        "inputs": inputs.fingerprint,
-        "settings": asdict(settings),
-        "reference": None
-        if reference is None
-        else hashlib.sha256(reference.cpu().numpy().tobytes()).hexdigest(),
-    }
-    run = {
-        "fingerprint": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
-        **identity,
-        "source_name": inputs.name,
-        "model": type(classifier.model).__name__,
-        "class_names": list(classifier.class_names),
-        "layers": [{"name": s.name, "kind": s.kind, "units": s.units} for s in reader.net.sites],
-        "notes": list(reader.notes),
-        "versions": {"minexp": __version__, "torch": torch.__version__},
-    }
-    started = time.perf_counter()
-    some: list[tuple[Work, Circuit]] = []
-    store = StoreWriter(out, run=run, table=CIRCUITS, rows_per_shard=ROWS_PER_SHARD, resume=resume)
-    resumed = store.rows_done
-    with (
-        store,
-        tqdm(total=inputs.count, initial=resumed, unit="circuit", disable=None if progress else True) as bar,
-    ):
-        for group in _groups(inputs.start(resumed), batch):
-            for work, found in zip(group, _read(reader, group), strict=True):
-                if isinstance(found, Circuit) and len(some) < shown:
-                    some.append((work, found))
-                store.write([_row(work, found)])
-            bar.update(len(group))
-    seconds = round(time.perf_counter() - started, 3)
-    return {**summarise(out, settings.mode), "resumed": resumed, "seconds": seconds, "out": str(out)}, some
-
-
-def shared_circuit(reader: Reader, inputs: Inputs) -> tuple[Circuit, list[Work]]:
-    """The circuit that all inputs share, and those that could be read. RequestError where there are not two."""
-    works = [work for work in inputs.start(0) if work.image is not None]
-    if len(works) < 2:
-        raise RequestError(
-            f"{inputs.name} has {len(works)} image(s) that can be read; a shared circuit takes two"
+    classifier, settings = reader.classifier, reader.settings
+    device = str(classifier.device) if placement.engine == "local" else "cuda" if placement.gpus else "cpu"
+    run = _describe(reader, source) | {"provider": f"torch-{torch.device(device).type}"}
+    explained = source if isinstance(source, ExplainedSource) else None
+    if placement.in_process:
+        units: Callable[[int], Unit] = lambda number: _unit(reader, explained)  # noqa: E731
+    else:
+        units = _Units(
+            load=load or Given(classifier),
+            device=device,
+            fingerprint=classifier.fingerprint,
+            settings=settings,
+            reference=_bytes(reader.reference),
+            blank=reader.blank.cpu().numpy(),
+            explained=explained,
         )
-    return reader.shared(*_inputs(reader, works)), works
+    found = run_job(
+        units,
+        source,
+        out,
+        run=run,
+        preprocessing=classifier.preprocessing,
+        class_names=classifier.class_names,
+        batch=batch,
+        resume=resume,
+        progress=progress,
+        placement=placement,
+        table=CIRCUITS,
+        row_bytes=_row_bytes(reader),
+    )
+    size = found["size"]
+    summary = {"mode": settings.mode, "nodes": None if size is None else round(size * reader.net.nodes, 4)}
+    if is_complete(out):
+        summary["classes"] = str(write_classes(Path(out)))
+    return summary | found
+
+
+def shown(
+    source: ImageSource, classifier: Classifier, out: str | Path, count: int
+) -> list[tuple[Work, Circuit]]:
+    """The first ``count`` circuits that a whole store holds, with what they are of."""
+    places: list[int] = []
+    start = 0
+    for rows in iter_store(out, ["status"], CIRCUITS):
+        status = rows["status"].to_pylist()
+        places += [start + place for place, said in enumerate(status) if said == "read"]
+        start += len(status)
+        if len(places) >= count:
+            break
+    run, found = read_run(out, CIRCUITS), []
+    for place, row in zip(places, read_rows(out, places[:count], CIRCUITS), strict=False):
+        found += [(work, circuit_of(row, run)) for work in works(source, classifier, place, place + 1)]
+    return found
+
+
+def works(
+    source: ImageSource, classifier: Classifier, start: int = 0, stop: int | None = None
+) -> Iterator[Work]:
+    """What can be read between two positions."""
+    items = source.range(start, stop, prepare=classifier.preprocessing.pixels)
+    for place, item in enumerate(items, start):
+        if item.image is None:
+            continue
+        if isinstance(source, ExplainedSource):
+            (kept,) = source.kept([place])
+            yield Work(item.id, item.uri, item.image, kept.mask, kept.label)
+        else:
+            yield Work(item.id, item.uri, item.image)
+
+
+def shared_circuit(reader: Reader, source: ImageSource) -> tuple[Circuit, list[Work]]:
+    """The circuit that all images share, and those that could be read. RequestError where there are not two."""
+    found = list(works(source, reader.classifier))
+    if len(found) < 2:
+        raise RequestError(
+            f"{source.name} has {len(found)} image(s) that can be read; a shared circuit takes two"
+        )
+    images = np.stack([work.image for work in found])
+    kept = [(work.mask, work.label) for work in found if work.mask is not None and work.label is not None]
+    masks = np.stack([mask for mask, _ in kept]) if kept else None
+    return reader.shared(*_prepared(reader, images, masks, [label for _, label in kept])), found
 
 
 def whole_images(group: Sequence[Work]) -> Tensor:
     """The images as the classifier takes them, float [B,C,H,W]."""
-    return _tensor([work.image for work in group if work.image is not None])
+    return images_on("cpu", np.stack([work.image for work in group]))
 
 
-def kept_images(reader: Reader, group: Sequence[Work]) -> Tensor:
-    """The same with removed pixels in the reader's blank colour."""
-    x = whole_images(group).to(reader.classifier.device)
-    masks = [
-        np.ones(x.shape[2:], bool) if work.mask is None else work.mask
-        for work in group
-        if work.image is not None
-    ]
-    mask = torch.from_numpy(np.stack(masks)).to(x.device)
-    return torch.where(mask[:, None], x, reader.blank)
-
-
-def summarise(out: str | Path, mode: str) -> dict[str, Any]:
-    """Counts and means over all rows stored in ``out``; a mean is None when no row has the figure."""
-    names = ("faithfulness", "cpr", "cmd", "inside_drop", "random_drop", "elsewhere", "passes")
-    table = read_store(out, ["status", "edges", "size", "universe", *names], CIRCUITS)
-    errors = pc.sum(pc.equal(table["status"], "error")).as_py() or 0
-    means = {
-        "nodes": pc.mean(pc.multiply(table["size"], table["universe"])).as_py(),
-        "edges": pc.mean(pc.list_value_length(table["edges"])).as_py(),
-        **{name: pc.mean(table[name]).as_py() for name in ("size", *names)},
-    }
-    rounded = {name: None if value is None else round(value, 4) for name, value in means.items()}
-    return {"mode": mode, "rows": table.num_rows, "errors": errors, **rounded}
+def kept_image(reader: Reader, work: Work) -> Tensor:
+    """An image [C,H,W] with removed pixels in the reader's blank colour."""
+    return _kept(reader, work.image[None], None if work.mask is None else work.mask[None])[0]
 
 
 def figures(circuit: Circuit) -> dict[str, Any]:
@@ -222,98 +200,90 @@ def figures(circuit: Circuit) -> dict[str, Any]:
     return found | {"passes": circuit.passes, "seconds": circuit.seconds}
 
 
-def _prepared(classifier: Classifier, name: str, uri: str, load: Callable[[], Pixels | None]) -> Work:
-    try:
-        image = load()
-        return Work(name, uri, None if image is None else classifier.preprocessing.pixels(image))
-    except Exception as error:
-        return Work(name, uri, None, error=_text(error))
+@dataclass(frozen=True)
+class _Units:
+    """Makes the core unit of a worker: a reader like the job's. fingerprint: of the job's classifier."""
+
+    load: Load
+    device: str
+    fingerprint: str
+    settings: Settings
+    reference: Pixels | None
+    blank: npt.NDArray[np.float32]
+    explained: ExplainedSource | None
+
+    def __call__(self, number: int) -> Unit:
+        classifier, _ = load_for(self.load, self.device, number, (self.fingerprint, None))
+        reference = None if self.reference is None else images_on("cpu", self.reference)
+        reader = make_reader(classifier, self.settings, reference, torch.from_numpy(self.blank))
+        return _unit(reader, self.explained)
 
 
-def _same(image: Pixels | None) -> Pixels | None:
-    return image
+def _unit(reader: Reader, explained: ExplainedSource | None) -> Unit:
+    def call(batch: Columns) -> list[Row]:
+        masks, labels = None, []
+        if explained is not None:
+            kept = explained.kept(batch["position"].tolist())
+            masks, labels = np.stack([one.mask for one in kept]), [one.label for one in kept]
+        return [
+            row_of(circuit) for circuit in reader.single(*_prepared(reader, batch["image"], masks, labels))
+        ]
+
+    return ImageUnit(call)
 
 
-def _tensor(pixels: Sequence[Pixels]) -> Tensor:
-    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float().div_(255)
+def _prepared(
+    reader: Reader, images: Pixels, masks: npt.NDArray[np.bool_] | None, labels: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Images [B,C,H,W] without their removed pixels and the class [B] of each: as explained, else as predicted."""
+    x, predicted = reader.prepare(_kept(reader, images, masks))
+    return x, predicted if masks is None else torch.tensor(labels, device=x.device)
 
 
-def _groups(works: Iterator[Work], size: int) -> Iterator[list[Work]]:
-    group: list[Work] = []
-    for work in works:
-        group.append(work)
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
-        yield group
+def _kept(reader: Reader, images: Pixels, masks: npt.NDArray[np.bool_] | None) -> Tensor:
+    x = images_on(reader.classifier.device, images)
+    return x if masks is None else torch.where(torch.from_numpy(masks).to(x.device)[:, None], x, reader.blank)
 
 
-def _read(reader: Reader, group: Sequence[Work]) -> list[Circuit | str]:
-    """A circuit or an error for each; when reading throws, the images are tried one by one."""
-    good = [work for work in group if work.image is not None]
-    found: Iterator[Circuit | str] = iter(_each(reader, good) if good else [])
-    return [work.error or "could not be decoded" if work.image is None else next(found) for work in group]
-
-
-def _each(reader: Reader, group: Sequence[Work]) -> list[Circuit | str]:
-    try:
-        return list(reader.single(*_inputs(reader, group)))
-    except RequestError:
-        raise  # no single image is at fault
-    except Exception as error:
-        if len(group) == 1:
-            return [_text(error)]
-    return [found for work in group for found in _each(reader, [work])]
-
-
-def _inputs(reader: Reader, group: Sequence[Work]) -> tuple[Tensor, Tensor]:
-    """Images and the class of each: the explained one, else the predicted one."""
-    x, label = reader.prepare(kept_images(reader, group))
-    given = [
-        predicted if work.label is None else work.label
-        for work, predicted in zip(group, label.tolist(), strict=True)
-    ]
-    return x, torch.tensor(given, device=x.device)
-
-
-def _row(work: Work, found: Circuit | str) -> dict[str, Any]:
-    row: dict[str, Any] = {"id": work.id, "uri": work.uri, "truth": work.truth}
-    if isinstance(found, str):
-        return row | {"status": "error", "error": found}
-    test = found.test
-    assert test is not None
-    row |= {"status": "read", "label": found.label, "label_name": found.label_name, "mode": found.mode}
-    row |= {
-        "level": found.level,
-        "ablation": test.ablation,
-        "metric": test.metric,
-        "universe": found.universe,
+def _describe(reader: Reader, source: ImageSource) -> dict[str, Any]:
+    """What identifies the job, and what a reader of the store wants to know about it."""
+    classifier, reference = reader.classifier, reader.reference
+    identity: dict[str, Any] = {
+        "classifier": classifier.fingerprint,
+        "source": source.fingerprint(),
+        "settings": asdict(reader.settings),
+        "reference": None
+        if reference is None
+        else hashlib.sha256(reference.cpu().numpy().tobytes()).hexdigest(),
     }
-    row |= {"size": found.size, "passes": found.passes, "seconds": found.seconds}
-    plain = (
-        "full",
-        "empty",
-        "faithfulness",
-        "completeness",
-        "inside_drop",
-        "outside_drop",
-        "elsewhere",
-        "cpr",
-        "cmd",
-    )
-    row |= {name: getattr(test, name) for name in plain}
-    for name in ("random_faithfulness", "random_drop"):
-        interval = getattr(test, name)
-        if interval is not None:
-            row |= {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
-    row |= {"sizes": list(test.sizes), "curve": list(test.curve)}
-    return row | {
-        "nodes": [asdict(node) for node in found.nodes],
-        "edges": [asdict(edge) for edge in found.edges],
+    if not classifier.execution.plain:
+        identity["execution"] = str(classifier.execution)
+    return {
+        "fingerprint": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
+        **identity,
+        "source_name": source.name,
+        "model": type(classifier.model).__name__,
+        "class_names": list(classifier.class_names),
+        "layers": [{"name": s.name, "kind": s.kind, "units": s.units} for s in reader.net.sites],
+        "notes": list(reader.notes),
+        "precision": classifier.precision,
+        "versions": {"minexp": __version__, "torch": torch.__version__},
     }
 
 
-def _text(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return (text if isinstance(error, MinexpError) else f"{type(error).__name__}: {text}")[:500]
+def _bytes(reference: Tensor | None) -> Pixels | None:
+    """Reference images as the bytes they were made of, uint8 [M,H,W,C], which is how they travel to workers."""
+    if reference is None:
+        return None
+    pixels: Pixels = reference.cpu().permute(0, 2, 3, 1).mul(255).round().byte().contiguous().numpy()
+    if not torch.equal(images_on("cpu", pixels), reference.cpu()):
+        raise ValueError("reference images for several processes are bytes divided by 255")
+    return pixels
+
+
+def _row_bytes(reader: Reader) -> int:
+    """What a circuit takes on disk at most."""
+    size, net = reader.settings.size, reader.net
+    nodes = min(LIMIT, net.nodes) if size is None else count_of(size, net.nodes)
+    nodes += reader.settings.stream_units * (len(net.sites) - len(net.ablated))
+    return 4096 + nodes * (_NODE_BYTES + reader.settings.fan_in * _EDGE_BYTES)

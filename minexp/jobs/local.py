@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -10,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from .. import __version__
@@ -25,7 +23,7 @@ from ..predicate import Predicate, Sufficient
 from ..search import Effort
 from ..weights import state_digest
 from .engine import ONE_PROCESS, Placement, run_job
-from .subject import Given, Load, images_on, load_for
+from .subject import Given, Load, images_on, load_for, some_of
 from .unit import ImageUnit, Pixels, Row, Unit
 
 REFERENCES = 32  # images of the data that backgrounds are made from, where no masker brings its own
@@ -164,17 +162,10 @@ def _describe(
 
 
 def _reference(source: ImageSource, classifier: Classifier) -> Pixels | None:
-    """Some of the job's images, evenly spaced, for backgrounds with the data's statistics: uint8 [M,H,W,C].
+    """Some of the job's images, for backgrounds with the data's statistics: uint8 [M,H,W,C].
 
     None for a short source: an image would often be its own background.
     """
     if len(source) < 2 * REFERENCES:
         return None
-    pixels = []
-    for number in range(REFERENCES):
-        place = number * len(source) // REFERENCES
-        for item in source.range(place, place + 1):
-            with contextlib.suppress(Exception):  # unreadable here, an error row later
-                if item.image is not None:
-                    pixels.append(classifier.preprocessing.pixels(item.image))
-    return np.stack(pixels) if len(pixels) >= 2 else None
+    return some_of(source, classifier.preprocessing, REFERENCES)

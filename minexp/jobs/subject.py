@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..classifier import Classifier
+from ..data.preprocessing import Preprocessing
+from ..data.sources import ImageSource
 from ..errors import RequestError
 from ..masker import Masker
 from ..weights import state_digest
@@ -48,6 +51,20 @@ def load_for(load: Load, device: str, number: int, fingerprints: tuple[str, str 
             " --weights FILE), or its files have changed"
         )
     return classifier, masker
+
+
+def some_of(source: ImageSource, preprocessing: Preprocessing, count: int) -> Pixels | None:
+    """Up to so many of a source's images, evenly spaced, as a model takes them: uint8 [M,H,W,C].
+
+    None where fewer than two can be read.
+    """
+    pixels, count = [], min(count, len(source))
+    for number in range(count):
+        place = number * len(source) // count
+        for item in source.range(place, place + 1, prepare=preprocessing.pixels):
+            if item.image is not None:  # unreadable here, an error row later
+                pixels.append(item.image)
+    return np.stack(pixels) if len(pixels) > 1 else None
 
 
 def images_on(device: torch.device | str, pixels: Pixels) -> Tensor:
