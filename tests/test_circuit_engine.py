@@ -216,6 +216,8 @@ def test_the_command_on_two_workers(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert {k: v for k, v in one.items() if k not in took} == {k: v for k, v in two.items() if k not in took}
     assert cli.main([*arguments, "--out", str(tmp_path / "out"), "--together", "--workers", "2"]) == 2
     assert "is read in one process" in capsys.readouterr().err
+    assert cli.main([*arguments, "--out", str(tmp_path / "out"), "--precision", "bfloat16"]) == 2
+    assert "leave --precision, --channels-last and --compile out" in capsys.readouterr().err
     assert cli.main([*arguments, "--out", str(tmp_path / "out"), "--shard", "2/2"]) == 2
     assert "--shard is 2/2" in capsys.readouterr().err
     assert cli.main(["verify", str(tmp_path / "two"), "--json"]) == 0

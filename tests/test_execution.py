@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import one_thread  # noqa: F401
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from trained_tiles import masker, tiles
 
 from minexp.classifier import Classifier, load_classifier
+from minexp.data.sources import open_source
+from minexp.data.store import read_run, read_store, unpack_mask
 from minexp.errors import RequestError
 from minexp.execution import Execution
 from minexp.explanation import explain
@@ -182,13 +185,8 @@ def test_models_of_another_dtype_take_and_give_float32(dtype: torch.dtype) -> No
 
 
 def test_a_job_records_how_the_model_was_run_and_is_another_job(tmp_path: Path) -> None:
-    from minexp.data.sources import open_source
-    from minexp.data.store import read_run
-
     images = (tiles().x[:4].permute(0, 2, 3, 1) * 255).round().byte().numpy()
     torch.save(0, tmp_path / "unused.pth")
-    import numpy as np
-
     np.save(tmp_path / "d.npy", images)
     source = open_source(tmp_path / "d.npy")
     summary = local.explain_dataset(
@@ -198,6 +196,31 @@ def test_a_job_records_how_the_model_was_run_and_is_another_job(tmp_path: Path) 
     assert read_run(tmp_path / "out")["execution"].startswith("bfloat16: scores differ by")
     with pytest.raises(RequestError, match="another job"):
         local.explain_dataset(tiles().classifier, source, masker(), tmp_path / "out", progress=False)
+
+
+def test_certificates_are_those_of_the_precision_that_the_store_states(tmp_path: Path) -> None:
+    """A stored mask's confidence is what the model says in that precision, and not what it says in float32."""
+    images = (tiles().x[:12].permute(0, 2, 3, 1) * 255).round().byte().numpy()
+    np.save(tmp_path / "d.npy", images)
+    off = {}
+    for precision in ("float32", "bfloat16"):
+        classifier, out = run_in(Execution(precision)), tmp_path / precision  # type: ignore[arg-type]
+        source = open_source(tmp_path / "d.npy")
+        local.explain_dataset(classifier, source, masker(), out, background="black", progress=False)
+        assert read_run(out)["precision"] == precision
+        rows = read_store(out).to_pylist()
+        masks = torch.from_numpy(np.stack([unpack_mask(row["mask"], row["h"], row["w"]) for row in rows]))
+        kept = torch.from_numpy(images).permute(0, 3, 1, 2).float().div(255) * masks[:, None]
+        label = torch.tensor([row["label"] for row in rows])[:, None]
+        said = torch.tensor([row["conf_masked"] for row in rows])
+        with torch.no_grad():
+            again = {
+                name: run_in(Execution(name)).logits(kept).softmax(1).gather(1, label)[:, 0]  # type: ignore[arg-type]
+                for name in ("float32", "bfloat16")
+            }
+        off[precision] = {name: float((scores - said).abs().max()) for name, scores in again.items()}
+    assert off["float32"]["float32"] < 1e-5 and off["bfloat16"]["bfloat16"] < 1e-5
+    assert off["float32"]["bfloat16"] > 1e-4 and off["bfloat16"]["float32"] > 1e-4
 
 
 def test_options_of_a_factory_s_classifier_stay(tmp_path: Path) -> None:

@@ -64,6 +64,11 @@ class Circuit(WithModel, WithEngine):
 
         if (self.data is None) == (self.explanations is None):
             raise RequestError("give either --data, images, or --explanations, a directory of minexp explain")
+        if self.precision != "float32" or self.channels_last or self.compile:
+            raise RequestError(
+                "circuits are read from the model's operations as written; leave --precision, --channels-last and"
+                " --compile out"
+            )
         placement = self.placement(0 if self.device == "cpu" else gpus_here())
         if self.together and placement != Placement():
             raise RequestError(

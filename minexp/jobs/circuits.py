@@ -256,8 +256,6 @@ def _describe(reader: Reader, source: ImageSource) -> dict[str, Any]:
         if reference is None
         else hashlib.sha256(reference.cpu().numpy().tobytes()).hexdigest(),
     }
-    if not classifier.execution.plain:
-        identity["execution"] = str(classifier.execution)
     return {
         "fingerprint": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
         **identity,
@@ -266,7 +264,7 @@ def _describe(reader: Reader, source: ImageSource) -> dict[str, Any]:
         "class_names": list(classifier.class_names),
         "layers": [{"name": s.name, "kind": s.kind, "units": s.units} for s in reader.net.sites],
         "notes": list(reader.notes),
-        "precision": classifier.precision,
+        "precision": str(classifier.dtype).removeprefix("torch."),  # a traced network runs as it is written
         "versions": {"minexp": __version__, "torch": torch.__version__},
     }
 
