@@ -33,7 +33,7 @@ from .subject import Given, Load, images_on, load_for, some_of
 from .unit import ImageUnit, Pixels, Row, Unit
 
 REFERENCES = 128  # images that baselines are averaged over
-_NODE_BYTES, _EDGE_BYTES = 24, 20  # on disk, at most
+_NODE_BYTES, _EDGE_BYTES = 16, 14  # on disk, at most
 
 
 @dataclass(frozen=True, eq=False)
