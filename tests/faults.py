@@ -45,7 +45,7 @@ class Chaos:
                 (Path(self.folder) / f"kill-{number}").touch(exist_ok=False)
             except FileExistsError:
                 continue
-            to_parent = number % self.parents == self.parents - 1
+            to_parent = number % self.parents == self.parents // 2  # the last ones are to workers
             os.kill(
                 int((Path(self.folder) / "parent").read_text()) if to_parent else os.getpid(), signal.SIGKILL
             )

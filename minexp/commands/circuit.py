@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ..errors import RequestError
-from .base import DONE, PARTLY, WithModel, table
+from .base import DONE, PARTLY, WithModel, at_least_one, table
 from .engine import WithEngine, gpus_here
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ class Circuit(WithModel, WithEngine):
         from ..jobs.circuit_page import write_circuit_page, write_shared_page
         from ..jobs.engine import Placement
 
+        at_least_one("--batch", self.batch)
         if (self.data is None) == (self.explanations is None):
             raise RequestError("give either --data, images, or --explanations, a directory of minexp explain")
         if self.precision != "float32" or self.channels_last or self.compile:

@@ -42,7 +42,6 @@ class WithEngine(Command):
         """Where the job runs. here: GPUs of this machine that may be used. Raises RequestError for odd options."""
         from ..jobs.engine import Placement
 
-        at_least_one("--batch", self.batch)
         workers = self.workers or here or os.cpu_count() or 1
         at_least_one("--workers", workers)
         if self.engine == "local" and (self.address is not None or self.gpus):

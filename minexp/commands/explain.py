@@ -71,6 +71,7 @@ class Explain(WithModel, WithEngine):
     """With --onnx: threads of one image's operators."""
 
     def run(self) -> int:
+        at_least_one("--batch", self.batch)
         summary = self._with_torch() if self.onnx is None else self._without_torch(self.onnx)
         self.show(summary, table(summary) + f"\nnext: minexp report {self.out}")
         return PARTLY if summary["failed"] or summary["errors"] else DONE
