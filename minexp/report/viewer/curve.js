@@ -12,7 +12,8 @@ function curveOf(panels) {
   const y = (value) => top + ((high - value) / (high - low)) * (height - top - bottom);
   const points = (pairs) => pairs.filter(([, f]) => Number.isFinite(f)).map(([size, f]) => curveX(size).toFixed(1) + "," + y(f).toFixed(1)).join(" ");
   const out = ['<svg viewBox="0 0 ' + width + " " + height + '" role="img" aria-label="Faithfulness by the share of nodes kept">'];
-  for (const value of [0, 0.8, 1]) out.push('<line class="axis" x1="' + left + '" x2="' + (width - right) + '" y1="' + y(value) + '" y2="' + y(value) + '"/><text x="' + (left - 5) + '" y="' + (y(value) + 4) + '" text-anchor="end">' + value + "</text>");
+  const apart = y(0.8) - y(1) > 11 ? [0, 0.8, 1] : [0, 1, ...(high > 1.5 ? [high] : [])]; // lines whose figures do not touch
+  for (const value of apart.filter((value) => value === 0 || y(0) - y(value) > 11)) out.push('<line class="axis" x1="' + left + '" x2="' + (width - right) + '" y1="' + y(value) + '" y2="' + y(value) + '"/><text x="' + (left - 5) + '" y="' + (y(value) + 4) + '" text-anchor="end">' + number(value, 2) + "</text>");
   for (const size of [0.001, 0.01, 0.1, 1]) out.push('<text x="' + curveX(size) + '" y="' + (height - bottom + 14) + '" text-anchor="middle">' + 100 * size + " %</text>");
   out.push('<text x="' + (left + width - right) / 2 + '" y="' + (height - 2) + '" text-anchor="middle">share of the nodes kept · faithfulness · band: random circuits</text>');
   panels.forEach(({ circuit, count }, at) => {

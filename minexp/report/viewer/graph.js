@@ -19,7 +19,7 @@ const styles = () => [
   { selector: ".unit.far", style: { opacity: 0.14 } },
   { selector: "edge.far", style: { "line-opacity": 0.03 } },
   { selector: "edge.near", style: { "line-opacity": 0.95, "z-index": 5 } },
-  { selector: ".unit.focus", style: { label: "data(label)", color: colour("--ink"), "font-weight": 600, "text-valign": "top", "text-margin-y": -5, "z-index": 10,
+  { selector: ".unit.focus", style: { label: (unit) => shortened(unit.data("label"), NAME + 4), color: colour("--ink"), "font-weight": 600, "text-valign": "top", "text-margin-y": -5, "z-index": 10,
     "text-background-color": colour("--panel"), "text-background-opacity": 0.85, "text-background-padding": 2, "outline-width": 2, "outline-offset": 2, "outline-color": colour("--ink") } },
 ];
 

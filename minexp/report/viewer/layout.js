@@ -31,6 +31,7 @@ function layout(panels, width, height) {
     x += wide + gap;
     return { layer, left, x: left + wide / 2, wide, files: files[at] };
   });
+  const last = columns.length && slanted ? columns[columns.length - 1].x + 5 * Math.min(NAME, longest) : 0; // where its name ends
   const middle = head + (height - head) / 2;
   const place = ({ circuit, shown }) => {
     const spots = new Map();
@@ -44,7 +45,7 @@ function layout(panels, width, height) {
     }
     return spots;
   };
-  return { columns, slanted, head, gap, width: x + SIDE, height, place, score: { x, y: middle } };
+  return { columns, slanted, head, gap, width: Math.max(x + SIDE, last), height, place, score: { x, y: middle } };
 }
 
 // Control points of an edge that leaves and arrives level.
@@ -60,8 +61,9 @@ function asWeights(a, b) {
   return { weights: points.map((p) => (p.x * dx + p.y * dy) / square), distances: points.map((p) => (p.y * dx - p.x * dy) / length) };
 }
 
-// The name over a column, its end where it is too long.
+// A name, its end alone where it is too long.
+const shortened = (name, length) => (name.length > length ? "…" + name.slice(1 - length) : name);
+
 function columnName({ circuit, plan: { slanted, gap } }, layer) {
-  const { name } = circuit.layers[layer], length = slanted ? NAME : Math.max(8, Math.floor(gap / 6.5));
-  return name.length > length ? "…" + name.slice(1 - length) : name;
+  return shortened(circuit.layers[layer].name, slanted ? NAME : Math.max(8, Math.floor(gap / 6.5)));
 }
