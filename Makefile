@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INPUTS := pyproject.toml constraints.txt $(wildcard setup.py CMakeLists.txt csrc/*)
 OUT ?= out/demo
 
-.PHONY: demo test check docs venv clean
+.PHONY: demo test check docs venv vendor clean
 .DEFAULT_GOAL := help
 
 help:
@@ -17,6 +17,7 @@ help:
 	@echo "make check   ruff, formatting and types"
 	@echo "make docs    the documentation, strictly, in site/"
 	@echo "make venv    the virtual environment alone"
+	@echo "make vendor  the libraries kept in the package, again from the npm registry (or FROM=a tarball)"
 
 demo: $(VENV)/stamp
 	$(BIN)/minexp demo --out $(OUT)
@@ -60,6 +61,9 @@ $(VENV)/stamp: $(VENV)/base $(INPUTS)
 		echo "minexp: the C++ extension did not build; the operators will run on plain PyTorch"; \
 		MINEXP_BUILD=0 $(PIP) install -q -c constraints.txt --no-build-isolation -e '.[dev]'; }
 	@touch $@
+
+vendor: $(VENV)/stamp
+	$(BIN)/python -m minexp.report.vendored $(FROM)
 
 clean:
 	rm -rf $(VENV) build dist site *.egg-info minexp/*.so

@@ -86,6 +86,19 @@ class Browser:
             time.sleep(0.1)
         return value
 
+    def mouse(self, kind: str, x: float, y: float, **details: Any) -> None:
+        """kind: mouseMoved, mousePressed, mouseReleased or mouseWheel."""
+        self._call("Input.dispatchMouseEvent", type=kind, x=x, y=y, **details)
+
+    def click(self, x: float, y: float) -> None:
+        self.mouse("mouseMoved", x, y)
+        for kind in ("mousePressed", "mouseReleased"):
+            self.mouse(kind, x, y, button="left", clickCount=1)
+
+    def save_into(self, folder: Path) -> None:
+        """Downloads go there."""
+        self._call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(folder))
+
     def key(self, key: str) -> None:
         for kind in ("keyDown", "keyUp"):
             text = {"text": key} if len(key) == 1 and kind == "keyDown" else {}

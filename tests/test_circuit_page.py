@@ -1,19 +1,27 @@
 """The page of circuits: safe text, and a graph that works in a real browser, offline."""
 
+import hashlib
+import io
 import json
 import re
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
 import toy_circuits as toys
+from browser import Browser, browsing
+from PIL import Image
 from test_circuit_ablation import images, small
-from test_report import browse
 from tiny_models import one_thread as one_thread
 
 import minexp
+from minexp.circuit.circuit import Edge, Layer, Node
 from minexp.circuit.crops import crop, most_active
 from minexp.circuit.network import network
 from minexp.circuit.readout import Reader
@@ -21,7 +29,9 @@ from minexp.circuit.settings import Settings
 from minexp.errors import RequestError
 from minexp.jobs.circuit_page import find_crops, pixels, write_circuit_page, write_shared_page
 from minexp.jobs.circuits import Work
+from minexp.report import vendored
 from minexp.report.circuits import CircuitView, Crops, write_circuits
+from minexp.report.vendored import CYTOSCAPE, cytoscape, vendor
 
 QUICK: dict[str, Any] = {
     "sizes": (0.02, 0.1, 0.3, 0.6, 1.0),
@@ -64,82 +74,251 @@ def test_no_text_becomes_markup_and_nothing_is_fetched(page: Path) -> None:
     assert data["images"][0]["id"] == "<img src=x>0" and data["crops"]["uri"].startswith("data:image/webp")
 
 
-@pytest.mark.timeout(120)
-def test_slider_images_search_and_keys(page: Path, tmp_path: Path) -> None:
-    script = """
-      const P = circuitPage, out = {};
-      const nodes = () => P.panels().map((panel) => [panel.shown.size, panel.edges.length]);
-      out.tabs = document.querySelectorAll("#strip button").length;
-      out.first = nodes();
-      out.lines = [...document.querySelectorAll(".panel p")].map((p) => p.textContent);
-      const pixel = () => P.asCanvas().toDataURL().length;
-      const full = pixel();
-      choose("size", 400); out.less = nodes(); out.columns = P.panels().map((panel) => panel.columns.join());
-      out.counts = P.panels().map((panel) => panel.count); out.changed = pixel() !== full;
-      out.count = document.getElementById("count").textContent;
-      press("ArrowUp"); out.more = nodes();
-      choose("size", 0); out.one = nodes();
-      choose("size", 1000); out.again = nodes();
-      press("ArrowRight"); press("ArrowRight"); out.third = [P.state.image, nodes().length];
-      press("ArrowRight"); out.round = P.state.image;
-      choose("find", "layer2"); out.hits = P.panels().map((panel) => panel.hits.size);
-      document.body.dispatchEvent(new KeyboardEvent("keydown", {key: "Enter", bubbles: true}));
-      out.held = document.querySelector("#detail h3").textContent;
-      out.crops = [...document.querySelectorAll("#detail .crops i")].map((i) => i.style.backgroundImage.slice(0, 20));
-      out.terms = [...document.querySelectorAll("#detail dt")].map((dt) => dt.textContent);
-      out.links = document.querySelectorAll("#detail li button").length;
-      press("Escape");
-      out.after = document.querySelector("#detail h3") === null && document.getElementById("find").value;
-      out.curve = document.querySelectorAll("#curve polyline").length;
-      out.bands = document.querySelectorAll("#curve polygon").length;
-      out.svg = (P.asSvg().match(/<circle/g) || []).length - P.panels().length;
-      press("t"); out.theme = document.documentElement.dataset.theme;
-      return out;
-    """
-    out = browse(page, tmp_path, script)
-    assert out["tabs"] == 3 and len(out["first"]) == 2
-    members = out["first"][0][0]
-    assert out["lines"][1].startswith(f"{members} of ") or out["lines"][0].startswith("at ")
-    assert any(f"{members} of 52 nodes" in line for line in out["lines"])
-    assert all(
-        less[0] < first[0] and less[1] < first[1]
-        for less, first in zip(out["less"], out["first"], strict=True)
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with browsing(tmp_path_factory.mktemp("profile")) as open_browser:
+        yield open_browser
+
+
+@pytest.fixture
+def shown(browser: Browser) -> Iterator[Callable[..., Browser]]:
+    """Opens a page; at the end nothing has been complained about and nothing but the file been asked for."""
+    opened: list[str] = []
+
+    def show(path: Path, **size: int) -> Browser:
+        browser.trouble.clear(), browser.requests.clear()
+        opened.append(path.as_uri())
+        browser.open(path, **size)
+        browser.wait(f"location.href === {path.as_uri()!r} && document.readyState === 'complete'")
+        return browser
+
+    yield show
+    browser.run("1")
+    assert browser.trouble == []
+    assert {url for url in browser.requests if not url.startswith(("data:", "blob:"))} == set(opened)
+
+
+# What of each circuit is drawn, as Cytoscape has it: units, edges.
+DRAWN = "circuitPage.panels().map(({graph}) => [graph.nodes('.unit').length, graph.edges().length])"
+
+
+def put(browser: Browser, field: str, value: object) -> None:
+    browser.run(
+        f"document.getElementById('{field}').value = '{value}';"
+        f"document.getElementById('{field}').dispatchEvent(new Event('input'))"
     )
-    assert out["counts"][0] == out["counts"][1] and out["columns"][0] == out["columns"][1]
-    assert out["changed"] and "%" in out["count"]
-    assert all(more[0] > less[0] for more, less in zip(out["more"], out["less"], strict=True))
-    assert [count for count, _ in out["one"]] == [1, 1] and out["again"] == out["first"]
-    assert out["third"] == [2, 1] and out["round"] == 0
-    assert min(out["hits"]) > 0 and out["held"].startswith("layer2")
-    assert len(out["crops"]) == 4 and all("data:image" in uri for uri in out["crops"])
-    assert "rank" in out["terms"] and out["links"] > 0
-    assert out["after"] == "" and out["curve"] == 2 and out["bands"] == 2
-    assert out["svg"] == sum(count for count, _ in out["first"])
-    assert out["theme"] in ("dark", "light")
+
+
+def spot(browser: Browser, panel: int, unit: str) -> tuple[float, float]:
+    """Where a unit is in the window, or another node of the graph."""
+    x, y = browser.run(
+        f"""(() => {{
+          const {{graph, container}} = circuitPage.panels()[{panel}], box = container.getBoundingClientRect();
+          const at = graph.nodes().filter((node) => node.data("label") === "{unit}").renderedPosition();
+          return [box.x + at.x, box.y + at.y];
+        }})()"""
+    )
+    return x, y
+
+
+def texts(browser: Browser, selector: str) -> list[str]:
+    return browser.run(f"[...document.querySelectorAll('{selector}')].map((element) => element.textContent)")
 
 
 @pytest.mark.timeout(120)
-def test_a_unit_under_the_pointer_tells_about_itself(page: Path, tmp_path: Path) -> None:
-    script = """
-      const panel = circuitPage.panels()[0], at = [...panel.shown][0], spot = panel.at.get(at);
-      const box = panel.canvas.getBoundingClientRect(), view = circuitPage.state.view;
-      const x = box.left + view.x + spot.x * view.k, y = box.top + view.y + spot.y * view.k;
-      const where = {clientX: x, clientY: y, bubbles: true};
-      panel.canvas.dispatchEvent(new PointerEvent("pointermove", where));
-      const node = panel.circuit.nodes[at];
-      const name = panel.circuit.layers[node.layer].name + "/" + node.unit;
-      const over = document.querySelector("#detail h3").textContent;
-      panel.canvas.dispatchEvent(new PointerEvent("pointerleave"));
-      const gone = document.querySelector("#detail h3") === null;
-      return [name, over, gone, document.scrollingElement.scrollWidth, innerWidth];
-    """
-    name, over, left, width, window = browse(page, tmp_path, script)
-    assert over == name and left and width <= window
-    _, _, _, width, window = browse(page, tmp_path, script, width=400)
-    assert width <= window
+def test_sliders_change_what_is_drawn(page: Path, shown: Callable[..., Browser]) -> None:
+    browser = shown(page)
+    first = browser.run(DRAWN)
+    assert len(first) == 2 and all(units > 20 and edges > 20 for units, edges in first)
+    assert [line.split(",")[0] for line in texts(browser, ".panel .line")] == ["31 of 52 nodes"] * 2
+    assert all(line.startswith("at 31 nodes") for line in texts(browser, ".panel .head p"))
+    curve = browser.run("document.getElementById('curve').innerHTML")
+    assert (curve.count("<polyline"), curve.count("<polygon")) == (2, 2)
+    put(browser, "size", 400)
+    less = browser.run(DRAWN)
+    assert all(0 < a < c and 0 < b < d for (a, b), (c, d) in zip(less, first, strict=True))
+    assert browser.run("document.getElementById('curve').innerHTML") != curve
+    columns = browser.run(
+        "circuitPage.panels().map(({graph}) => graph.nodes('.column').map((c) => c.position('x')).join())"
+    )
+    assert columns[0] == columns[1] and "%" in texts(browser, "#count")[0]
+    browser.key("ArrowUp")
+    assert all(more[0] > fewer[0] for more, fewer in zip(browser.run(DRAWN), less, strict=True))
+    put(browser, "size", 0)
+    assert [units for units, _ in browser.run(DRAWN)] == [1, 1]
+    put(browser, "size", 1000)
+    put(browser, "edges", 500)
+    assert all((a, True) == (c, 0 < b < d) for (a, b), (c, d) in zip(browser.run(DRAWN), first, strict=True))
+    strongest, weakest = browser.run(
+        "circuitPage.panels().map(({edges, drawn}) => [Math.min(...drawn.map((e) => e.weight)),"
+        "Math.max(...edges.filter((e) => !drawn.includes(e)).map((e) => e.weight))])[0]"
+    )
+    assert strongest >= weakest and "of" in texts(browser, "#drawn")[0]
+    for _ in range(10):
+        browser.key("]")
+    assert browser.run(DRAWN) == first
+    x, y, width = browser.run(
+        "(({x, y, width}) => [x, y, width])(document.getElementById('curve').getBoundingClientRect())"
+    )
+    browser.click(x + width * 0.6, y + 40)  # a size on the curve
+    assert all(a < c for (a, _), (c, _) in zip(browser.run(DRAWN), first, strict=True))
 
 
-def test_a_page_of_a_shared_circuit_and_one_without_crops(tmp_path: Path) -> None:
+@pytest.mark.timeout(120)
+def test_images_search_and_keys(page: Path, shown: Callable[..., Browser]) -> None:
+    browser = shown(page)
+    assert browser.run("document.querySelectorAll('#strip button').length") == 3
+    browser.key("ArrowRight"), browser.key("ArrowRight")
+    assert browser.run("circuitPage.state.image") == 2 and len(browser.run(DRAWN)) == 1
+    browser.key("ArrowRight")
+    assert browser.run("circuitPage.state.image") == 0
+    browser.key("/")
+    for letter in "layer2":
+        browser.key(letter)
+    hits = browser.run(
+        "circuitPage.panels().map(({graph}) => graph.nodes('.hit').map((unit) => unit.data('label')))"
+    )
+    assert all(found and all(name.startswith("layer2") for name in found) for found in hits)
+    assert texts(browser, "#hits")[0].startswith(f"{len(hits[0]) + len(hits[1])} found")
+    browser.key("Enter")
+    held = texts(browser, "#detail h3")
+    browser.key("Enter")
+    assert held[0].startswith("layer2") and texts(browser, "#detail h3") != held
+    put(browser, "size", 0)
+    assert "not shown at this size" in texts(browser, "#hits")[0]
+    put(browser, "size", 1000)
+    browser.key("Escape")
+    assert texts(browser, "#detail h3") == [] and texts(browser, "#hits") == [""]
+    assert browser.run("document.getElementById('find').value + document.activeElement.tagName") == "BODY"
+    browser.key("n")
+    first = texts(browser, "#detail h3")
+    browser.key("n"), browser.key("N")
+    assert texts(browser, "#detail h3") == first and " rank 1 " in texts(browser, "#detail p")[0]
+    zoom = "circuitPage.panels().map(({graph}) => graph.zoom())"
+    fitted = browser.run(zoom)
+    browser.key("+")
+    assert browser.run(zoom) == pytest.approx([1.25 * fitted[0]] * 2)
+    browser.key("f")
+    assert browser.run(zoom) == fitted
+    paint = "circuitPage.panels().map(({graph}) => graph.nodes('.score').style('background-color'))[0]"
+    light = browser.run(paint)
+    browser.key("t"), browser.key("t")
+    assert browser.run(paint) == light
+    browser.key("t")
+    assert browser.run(paint) != light and browser.run("document.documentElement.dataset.theme") in (
+        "dark",
+        "light",
+    )
+    browser.run("document.documentElement.removeAttribute('data-theme')")
+
+
+@pytest.mark.timeout(120)
+def test_a_unit_under_the_pointer_tells_about_itself(page: Path, shown: Callable[..., Browser]) -> None:
+    browser = shown(page)
+    name, effect, needed = browser.run(
+        "(({name, effect, needed}) => [name, effect, needed])(circuitPage.panels()[0].circuit.nodes[0])"
+    )
+    browser.mouse("mouseMoved", *spot(browser, 0, name))
+    assert texts(browser, "#detail h3") == [name]
+    crops = browser.run(
+        "[...document.querySelectorAll('#detail .crops i')]"
+        ".map((i) => [i.style.backgroundImage.slice(0, 16), i.clientWidth])"
+    )
+    assert len(crops) == 4 and all(uri == 'url("data:image/' and width > 20 for uri, width in crops)
+    assert [float(value) for value in texts(browser, "#detail dd")] == pytest.approx(
+        [effect, needed], rel=5e-3
+    )
+    near = browser.run(
+        "circuitPage.panels().map(({graph}) =>"
+        "['.focus', 'edge.near', '.far'].map((which) => graph.elements(which).length))"
+    )
+    assert near[0][0] == 1 and all(near[0]) and "Acts on" in " ".join(texts(browser, "#detail h4"))
+    twin = browser.run(
+        f"circuitPage.panels()[1].graph.nodes('.unit').filter((n) => n.data('label') === '{name}').length"
+    )
+    assert near[1][0] == twin  # the same unit in the circuit beside it
+    browser.mouse("mouseMoved", 5, 5)
+    assert texts(browser, "#detail h3") == []
+    browser.click(*spot(browser, 0, name))
+    browser.mouse("mouseMoved", 5, 5)
+    assert texts(browser, "#detail h3") == [name]  # held
+    browser.run("document.querySelector('#detail li button:enabled').click()")
+    assert texts(browser, "#detail h3") != [name]
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("width", [360, 768])
+def test_it_fits_phones_and_tablets(page: Path, shown: Callable[..., Browser], width: int) -> None:
+    browser = shown(page, width=width)
+    assert browser.run("document.documentElement.scrollWidth") <= width
+    browser.key("n")
+    top, bottom, high = browser.run(
+        "(({top, bottom}) => [top, bottom, innerHeight])(document.getElementById('detail').getBoundingClientRect())"
+    )
+    assert 0 < top < bottom <= high  # what is told about a unit is on the screen
+
+
+@pytest.mark.timeout(120)
+def test_pictures_are_saved(page: Path, shown: Callable[..., Browser], tmp_path: Path) -> None:
+    browser = shown(page)
+    browser.save_into(tmp_path)
+    units, edges = (sum(column) for column in zip(*browser.run(DRAWN), strict=True))
+    browser.key("s"), browser.key("p")
+    browser.wait("new Promise((resolve) => setTimeout(() => resolve(true), 1000))")
+    drawing = ElementTree.parse(tmp_path / "circuit.svg").getroot()
+    assert len(drawing.findall(".//{*}path")) == edges and len(drawing.findall(".//*[@class]")) == units
+    words = {element.text for element in drawing.iter("{http://www.w3.org/2000/svg}text")}
+    assert {"the whole image", "its kept pixels alone", "layer1", "layer4"} <= words
+    with Image.open(tmp_path / "circuit.png") as picture:
+        assert picture.width >= 2 * float(drawing.get("width", "0")) - 1 > 1000
+        colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 24) or ()}
+    assert {(36, 87, 214), (210, 96, 26), (255, 255, 255)} <= colours
+
+
+@pytest.mark.timeout(120)
+def test_a_deep_circuit_of_thousands_of_edges(shown: Callable[..., Browser], tmp_path: Path) -> None:
+    """As many layers, nodes and edges as 3 % of a ResNet-50's."""
+    generator = np.random.default_rng(0)
+    layers = tuple(Layer(f"layer{n // 10}.{n % 10}.conv", "channel", 256) for n in range(50))
+    nodes = tuple(
+        Node(f"layer{n // 10 % 5}.{n % 10}.conv", int(n) // 50, rank, float(s))
+        for rank, (n, s) in enumerate(
+            zip(generator.permutation(750), generator.normal(size=750), strict=True)
+        )
+    )
+    order = {layer.name: number for number, layer in enumerate(layers)}
+    edges = tuple(
+        Edge(a.layer, a.unit, b.layer, b.unit, float(generator.normal()), 0.1)
+        for a in nodes
+        for b in generator.choice(np.array(nodes, object), 8)
+        if order[a.layer] < order[b.layer]
+    )
+    circuit = replace(toys.every_kind(), layers=layers, nodes=nodes, edges=edges, universe=12800)
+    views = [CircuitView("a", "b", pixels(toys.image()), [("x", None, circuit), ("e", None, circuit)])]
+    path = write_circuits(views, tmp_path / "deep.html")
+    assert len(edges) > 2000 and path.stat().st_size < 2e6
+    browser = shown(path)
+    assert browser.run(DRAWN) == [[750, 700]] * 2  # the strongest edges, until the slider asks for more
+    put(browser, "edges", 1000)
+    assert browser.run(DRAWN) == [[750, len(edges)]] * 2
+    lefts = browser.run(
+        "[...document.querySelectorAll('.graph')].map((graph) => graph.getBoundingClientRect().left)"
+    )
+    assert lefts[0] == lefts[1]  # one above the other, for width
+    gaps = browser.run(
+        """(() => {
+          const places = [...circuitPage.panels()[0].places.values()];
+          const gap = (a) => (b) => Math.hypot(a.x - b.x, a.y - b.y);
+          return Math.min(...places.map((a, i) => Math.min(...places.slice(i + 1).map(gap(a)))));
+        })()"""
+    )
+    assert gaps > 8
+
+
+@pytest.mark.timeout(120)
+def test_a_page_of_a_shared_circuit_and_one_without_crops(
+    shown: Callable[..., Browser], tmp_path: Path
+) -> None:
     classifier = small(11, size=32)
     x = images(9, 4, size=32)
     reader = Reader(classifier, Settings(size=0.3, **QUICK), reference=x)
@@ -151,34 +330,76 @@ def test_a_page_of_a_shared_circuit_and_one_without_crops(tmp_path: Path) -> Non
         toys.classifier(toys.Attention()), toys.image(), target=0, size=1.0, ablation="zero"
     )
     view = CircuitView("a", "b", pixels(toys.image()), [("w", None, alone)])
-    browse(write_circuits([view], tmp_path / "toy.html"), tmp_path, "return 1")
+    assert len(shown(write_circuits([view], tmp_path / "toy.html")).run(DRAWN)) == 1
     with pytest.raises(RequestError, match="no circuit was read"):
         write_circuits([], tmp_path / "none.html")
 
 
 @pytest.mark.timeout(120)
-def test_the_saved_drawing_has_the_shapes_of_the_canvas(tmp_path: Path) -> None:
+def test_the_saved_drawing_has_the_shapes_and_curves_of_the_graph(
+    shown: Callable[..., Browser], tmp_path: Path
+) -> None:
     circuit = toys.every_kind()
     view = CircuitView("a", "b", pixels(toys.image()), [("w", None, circuit)])
-    script = """
-      const drawing = new DOMParser().parseFromString(circuitPage.asSvg(), "image/svg+xml");
-      const units = [...drawing.querySelectorAll("[class]")].map((unit) => [unit.querySelector("title").textContent, {
-        kind: unit.getAttribute("class"), element: unit.tagName,
-        corners: (unit.getAttribute("points") || "").split(" ").filter(Boolean).length,
-        hollow: unit.getAttribute("fill") === "none", colour: unit.getAttribute("stroke") || unit.getAttribute("fill"),
-      }]);
-      return [Object.fromEntries(units), units.length, drawing.querySelectorAll("path").length];
-    """
-    units, count, edges = browse(write_circuits([view], tmp_path / "kinds.html"), tmp_path, script)
-    assert count == len(units) == 5 and edges == len(circuit.edges)
-    assert {unit["kind"]: (unit["element"], unit["corners"], unit["hollow"]) for unit in units.values()} == {
-        "channel": ("circle", 0, False),
-        "gate": ("polygon", 3, False),
-        "head": ("polygon", 4, False),
-        "stream": ("circle", 0, True),
-        "neuron": ("polygon", 4, False),
+    browser = shown(write_circuits([view], tmp_path / "kinds.html"))
+    drawing = ElementTree.fromstring(browser.run("circuitPage.asSvg()"))
+    units = {unit[0].text: unit for unit in drawing.findall(".//*[@class]")}
+    corners = {name: len(unit.get("points", "").split()) for name, unit in units.items()}
+    assert {unit.get("class"): corners[name] for name, unit in units.items()} == {
+        "channel": 0,
+        "gate": 3,
+        "head": 4,
+        "stream": 0,
+        "neuron": 4,
     }
-    assert units["neuron/3"]["colour"] != units["head/0"]["colour"] == units["stream/0"]["colour"]
+    drawn = browser.run(
+        """circuitPage.panels()[0].graph.nodes(".unit").map((unit) => [unit.data("label"), unit.style("shape"),
+          unit.position("x"), unit.width(), unit.numericStyle("border-width") > 0, unit.hasClass("minus")])"""
+    )
+    assert {shape for _, shape, *_ in drawn} == {"ellipse", "triangle", "rectangle", "diamond"}
+    for name, shape, x, width, hollow, minus in drawn:
+        unit = units[name]
+        assert bool(corners[name]) == (shape != "ellipse") and hollow == (unit.get("stroke") is not None)
+        assert (unit.get("stroke") or unit.get("fill")) == ("#d2601a" if minus else "#2457d6")
+        if shape == "ellipse":
+            assert [float(unit.get("cx", 0)), 2 * float(unit.get("r", 0))] == pytest.approx(
+                [x, width], abs=0.02
+            )
+    paths = drawing.findall(".//{*}path")
+    curves = browser.run(
+        "circuitPage.panels()[0].graph.edges().map((edge) => edge.controlPoints().flatMap(({x, y}) => [x, y]))"
+    )
+    assert len(paths) == len(curves) == len(circuit.edges)
+    saved = [[float(v) for v in re.findall(r"-?[\d.]+", path.get("d", ""))] for path in paths]
+    wanted = sorted([*line[2:4], *line[6:8]] for line in saved)
+    for mine, theirs in zip(wanted, sorted(curves), strict=True):
+        assert mine == pytest.approx(theirs, abs=0.02)
+
+
+def test_the_library_is_that_of_the_registry(tmp_path: Path) -> None:
+    folder = Path(vendored.__file__).parent / "vendor"
+    kept = {
+        name: (folder / file).read_bytes()
+        for name, file in {"cytoscape.min.js": "cytoscape.min.js", "LICENSE": "cytoscape.LICENSE"}.items()
+    }
+    for name, digest in CYTOSCAPE.files.items():
+        assert hashlib.sha256(kept[name]).hexdigest() == digest
+    with tarfile.open(tmp_path / "library.tgz", "w:gz") as tar:
+        for name, content in kept.items():
+            entry = tarfile.TarInfo(f"package/dist/{name}")
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    (tmp_path / "again").mkdir()
+    again = vendor(tmp_path / "again", tmp_path / "library.tgz")
+    assert [path.read_bytes() for path in again] == list(kept.values())
+    licence = " ".join(kept["LICENSE"].decode().split())
+    assert licence in " ".join(cytoscape()[:1500].replace(" *", " ").split())  # and so it is on every page
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "LICENSE").write_bytes(kept["LICENSE"])
+    (broken / "cytoscape.min.js").write_bytes(kept["cytoscape.min.js"] + b" ")
+    with pytest.raises(RequestError, match=r"does not hold cytoscape.min.js of cytoscape@.*npm pack"):
+        vendor(tmp_path / "again", broken)
 
 
 def test_crops_show_where_a_unit_is_most_active() -> None:

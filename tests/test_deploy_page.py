@@ -15,9 +15,10 @@ from deployed import exported, images
 from PIL import Image
 
 from minexp.cli import main
+from minexp.data import npm
 from minexp.data.decoding import decode_image
 from minexp.data.store import unpack_mask
-from minexp.deploy import Explainer, page
+from minexp.deploy import Explainer
 from minexp.deploy.page import find_web_runtime, write_page
 from minexp.errors import RequestError
 
@@ -191,7 +192,7 @@ def test_without_the_runtime_one_line_says_where_to_get_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(page.shutil, "which", lambda name: None)
+    monkeypatch.setattr(npm.shutil, "which", lambda name: None)
     with pytest.raises(RequestError, match=r"carries onnxruntime-web@.*npm pack.*--web-runtime"):
         write_page(exported().explainer, tmp_path / "demo.html")
     (tmp_path / "broken.tgz").write_bytes(b"no tarball")

@@ -1,15 +1,13 @@
-"""The page of circuits: one HTML file that needs nothing else."""
+"""The page of circuits: one HTML file that needs nothing else; what draws it is in viewer/ and vendor/."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from importlib import resources
 from pathlib import Path
-from string import Template
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,11 +15,14 @@ import numpy.typing as npt
 
 from ..data.files import write_text
 from ..errors import RequestError
+from .frame import document, script_json, text
 from .pictures import Pixels, image_uri
+from .vendored import CYTOSCAPE, cytoscape
 
 if TYPE_CHECKING:
     from ..circuit.circuit import Circuit
 
+SCRIPTS = ("model.js", "layout.js", "graph.js", "picture.js", "curve.js", "unit.js", "page.js")
 _COLUMNS = 32  # tiles in a row of the sheet of crops
 _PICTURE = 160  # pixels
 
@@ -63,13 +64,15 @@ def write_circuits(
     data = {"images": images, "circuits": circuits, "crops": _sheet(crops or Crops())}
     notes = dict.fromkeys(note for view in views for _, _, circuit in view.circuits for note in circuit.notes)
     items = "".join(f"<li>{escape(note)}</li>" for note in notes)
-    parts = resources.files(__package__)
-    page = Template(parts.joinpath("circuits.html").read_text(encoding="utf-8")).substitute(
-        title=escape(title),
-        style=parts.joinpath("circuits.css").read_text(encoding="utf-8"),
-        script=parts.joinpath("circuits.js").read_text(encoding="utf-8"),
+    viewer = resources.files(__package__) / "viewer"
+    page = document(
+        viewer,
+        title=title,
         notes=f"<ul>{items}</ul>" if items else "",
-        data=json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"),
+        data=script_json(data),
+        library=cytoscape(),
+        version=CYTOSCAPE.version,
+        script=text(viewer, *SCRIPTS),
     )
     write_text(path, page)
     return Path(path)

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from html import escape
 from importlib import resources
 from pathlib import Path
-from string import Template
 
 import numpy as np
 import pyarrow.compute as pc
@@ -14,6 +13,7 @@ from ..data.files import write_text
 from ..data.store import read_rows, read_store
 from ..errors import RequestError
 from . import charts
+from .frame import document, text
 from .gallery import VIEWS, render_gallery
 from .intervals import Estimate
 from .pictures import Pixels, file_uri, image_uri
@@ -70,10 +70,10 @@ def write_report(
         directory, summary, gallery, None if answer is None else answer.sample
     )
     parts = resources.files(__package__)
-    page = Template(parts.joinpath("page.html").read_text(encoding="utf-8")).substitute(
-        style=parts.joinpath("page.css").read_text(encoding="utf-8"),
-        script=parts.joinpath("page.js").read_text(encoding="utf-8"),
-        title=escape(_title(summary)),
+    page = document(
+        parts,
+        title=_title(summary),
+        script=text(parts, "page.js"),
         headline=_headline(summary),
         facts=_facts(summary),
         tiles=_tiles(summary),
