@@ -171,6 +171,11 @@ def constant(value: Any) -> Value:
     return Value(op.const(value))
 
 
+def concat(values: Sequence[Value]) -> Value:
+    """One after the other along the first axis."""
+    return Value(op.concat([value.var for value in values], axis=0))
+
+
 def where(condition: Value, yes: Any, no: Any) -> Value:
     """Elementwise choice; at least one of the two is a Value."""
     like = yes if isinstance(yes, Value) else no
@@ -238,6 +243,7 @@ def build(
         {name: value.var for name, value in outputs.items()},
     )
     _hoist(model.graph)
+    _drop_places(model.graph)
     for output in model.graph.output:
         kind = output.type.tensor_type.elem_type
         sides = ["batch", *shapes.get(output.name, ())]
@@ -277,6 +283,15 @@ def _take_unchanging(graph: onnx.GraphProto, changing: set[str]) -> list[onnx.No
     for node in mine:
         graph.node.remove(node)
     return mine + taken
+
+
+def _drop_places(graph: onnx.GraphProto) -> None:
+    """Leave out where each maximum of a pooling is: nobody asks, and ONNX Runtime is ten times as fast without."""
+    for node in graph.node:
+        if node.op_type == "MaxPool":
+            del node.output[1:]
+        for branch in _subgraphs(node):
+            _drop_places(branch)
 
 
 def _subgraphs(node: onnx.NodeProto) -> list[onnx.GraphProto]:
