@@ -19,11 +19,12 @@ from torch import Tensor
 
 from .. import __version__
 from ..backgrounds import Backgrounds
+from ..certificate import Certificate
 from ..classifier import Classifier
 from ..data.files import replacing
 from ..data.store import unpack_mask
 from ..errors import RequestError
-from ..explanation import Explanation, explain, make_backgrounds
+from ..explanation import Explanation, bind, explain, make_backgrounds
 from ..masker import Masker
 from ..predicate import Predicate
 from ..targets import Binary, Target
@@ -38,6 +39,7 @@ from .plan import Plan
 from .quantise import CALIBRATION, Cost, quantised
 from .repository import write_repository
 from .runtime import Explained, Explainer, open_session
+from .ties import MOST, certify_again, tied
 
 Quantize = Literal["int8"]
 Layout = Literal["flat", "triton"]
@@ -68,6 +70,7 @@ class Exported:
             "precision": "float32" if self.cost is None else "int8",
             "parity_images": self.parity.images,
             "parity_mask_flips": self.parity.mask_flips,
+            "parity_mask_ties": self.parity.mask_ties,
             "parity_max_abs": self.parity.max_abs,
             "parity_certificates": self.parity.certificates,
         }
@@ -93,7 +96,8 @@ def export(
     quantize "int8": 8-bit networks, calibrated on the same images; refused, with the figures, when they change more
     than a few answers. layout "triton": a model repository for Triton, OpenVINO Model Server and KServe.
     Raises RequestError when the model cannot be exported or, with the figures, when ONNX Runtime's answers are not
-    torch's: no pixel of a mask, no class and no certificate may differ, no probability by more than 1e-4.
+    torch's: no pixel of a mask, no class and no certificate may differ, no probability by more than 1e-4. Pixels whose
+    side of a mask's level float32 rounding decides are counted as ties, and torch certifies the mask with them.
     """
     out = Path(out)
     draft = Draft.make(classifier, masker, predicate or Predicate(), background, seed)
@@ -179,10 +183,9 @@ class Draft:
 
     def torch(self, pixels: np.ndarray) -> Explanation:
         """The torch path's explanations of uint8 images [N,H,W,C]."""
-        x = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float().div_(255)
         return explain(
             self.classifier,
-            x,
+            _floats(pixels),
             self.masker,
             predicate=self.predicate,
             effort="fast",
@@ -209,8 +212,9 @@ class Draft:
         """The explainer's file, what it finds, and how that compares with torch. RequestError where float32 differs."""
         graph = self._graph(networks)
         about = self.about(precision)
-        found = _run(_file(graph, about), pixels)
-        parity = self._parity(found, reference)
+        explainer = _opened(_file(graph, about))
+        found = Explained.join(list(explainer.stream(list(pixels))))
+        parity = self._parity(found, reference, explainer if precision == "float32" else None)
         if precision == "float32" and not parity.exact:
             raise RequestError(
                 f"ONNX Runtime does not give torch's answers, so nothing is written: {parity}; "
@@ -267,16 +271,37 @@ class Draft:
             },
         )
 
-    def _parity(self, found: Explained, reference: Explanation) -> Parity:
-        p = torch.cat([self.masker.probabilities(part) for part in reference.x.split(32)])
+    def _parity(self, found: Explained, reference: Explanation, explainer: Explainer | None) -> Parity:
+        """explainer: where given, masks of its that differ from torch's by rounding are certified by torch."""
+        p = self._probabilities(reference.x)
+        masks, certificates = reference.masks.cpu().numpy().copy(), list(reference.certificates)
+        ties = 0
+        for b in np.flatnonzero((masks != found.masks).any((1, 2))) if explainer is not None else ():
+            assert explainer is not None
+            if tied(p[b], found.probabilities[b], masks[b], found.masks[b], self.plan.threshold):
+                ties += int((masks[b] != found.masks[b]).sum())
+                attempt = int(explainer.run(found.images[b : b + 1])["attempt"][0])
+                masks[b] = found.masks[b]
+                certificates[b] = self._certified(
+                    reference.x[b : b + 1], masks[b], attempt, found.certificates[b]
+                )
         return compare(
-            found.masks,
-            found.certificates,
-            found.probabilities,
-            reference.masks.cpu().numpy(),
-            reference.certificates,
-            p[:, 0].cpu().numpy(),
+            found.masks, found.certificates, found.probabilities, masks, certificates, p, ties=ties
         )
+
+    def _certified(self, x: Tensor, mask: np.ndarray, attempt: int, certificate: Certificate) -> Certificate:
+        """torch's certificate of the mask [H,W] that the runtime found for one image."""
+        judge, x, logits = bind(
+            self.classifier, x, self.masker, predicate=self.predicate, backgrounds=self.backgrounds
+        )
+        with self.classifier.frozen():
+            given = torch.from_numpy(mask)[None, None].to(x.device)
+            return certify_again(judge, x, logits, given, attempt, certificate)
+
+    def _probabilities(self, x: Tensor) -> np.ndarray:
+        """The masker's in torch, [N,H,W]."""
+        p = torch.cat([self.masker.probabilities(part) for part in x.split(32)])
+        return p[:, 0].cpu().numpy()
 
     def masker_file(self, network: onnx.ModelProto, pixels: np.ndarray | None) -> bytes:
         """masker.onnx: image → probabilities and mask, for any size, without a classifier; compared on ``pixels``."""
@@ -289,13 +314,18 @@ class Draft:
         return content
 
     def _flips(self, content: bytes, pixels: np.ndarray) -> int:
-        """Mask pixels in which masker.onnx differs from torch."""
+        """Mask pixels in which masker.onnx differs from torch by more than the rounding of a probability."""
         session = open_session(content, "cpu", 1, "masker.onnx")
-        bits = session.run(["mask_bits"], {"image": np.ascontiguousarray(pixels)})[0]
-        x = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float().div_(255)
-        p = torch.cat([self.masker.probabilities(part) for part in x.split(32)])
+        other, bits = session.run(["prob", "mask_bits"], {"image": np.ascontiguousarray(pixels)})
+        p = self._probabilities(_floats(pixels))
         masks = np.stack([unpack_mask(row.tobytes(), *pixels.shape[1:3]) for row in bits])
-        return int((masks != (p[:, 0] > self.plan.threshold).numpy()).sum())
+        flips = masks != (p > self.plan.threshold)
+        return int((flips & (np.abs(p - other) > MOST * self.plan.threshold)).sum())
+
+
+def _floats(pixels: np.ndarray) -> Tensor:
+    """uint8 [N,H,W,C] → float [N,C,H,W] in [0,1]."""
+    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float().div_(255)
 
 
 def _opened(content: bytes) -> Explainer:
@@ -303,11 +333,6 @@ def _opened(content: bytes) -> Explainer:
         path = Path(folder) / "explainer.onnx"
         path.write_bytes(content)
         return Explainer(path, trusted=True)
-
-
-def _run(content: bytes, pixels: np.ndarray) -> Explained:
-    """What the file gives for uint8 images, a batch at a time."""
-    return Explained.join(list(_opened(content).stream(list(pixels))))
 
 
 def _speedup(one: bytes, other: bytes, pixels: np.ndarray) -> float:
