@@ -11,6 +11,7 @@ from tiny_models import one_thread  # noqa: F401
 
 from minexp.deploy import export as exporting
 from minexp.deploy.export import Draft
+from minexp.deploy.sealed import finished, opened
 from minexp.deploy.ties import certify_again, tied
 from minexp.errors import RequestError
 from minexp.explanation import bind
@@ -119,5 +120,5 @@ def test_torch_certifies_a_given_mask_as_it_would_its_own(attempt: int) -> None:
 
 
 def _attempts(asked: Draft) -> np.ndarray:
-    explainer = exporting._opened(exporting._file(asked._graph(networks()), asked.about("float32")))
+    explainer = opened(finished(asked._graph(networks()), asked.about("float32")))
     return explainer.run(images())["attempt"]

@@ -50,10 +50,13 @@ class Table:
 class Verdict:
     """What a predicate's checks say by now, `minexp.judge.Judge` on a table: outcome [B,columns] -1, 0 or 1.
 
-    bad, good [B,1]: the mask has failed, has passed; open [B,columns]: checks that can still change that.
+    allowed [attempts,1]: misses of a set, of a robust predicate. bad, good [B,1]: the mask has failed, has passed;
+    open [B,columns]: checks that can still change that.
     """
 
-    def __init__(self, plan: Plan, table: Table, outcome: Value, attempt: Value) -> None:
+    def __init__(
+        self, plan: Plan, table: Table, outcome: Value, attempt: Value, allowed: Value | None
+    ) -> None:
         asked, passed, missed = outcome >= 0, outcome.equals(1), outcome.equals(0)
         plain = constant(table.only(1, table.draws)[None])
         self.bad = (plain & missed).any(1)
@@ -64,7 +67,8 @@ class Verdict:
             members = [_members(table, sets, most) for sets in plan.sets]
             # [attempts,columns,sets]: which column is a draw of which set, and among its first, early ones
             member, early = (_chosen(np.stack([m[place] for m in members]), attempt) for place in (0, 1))
-            misses = _chosen(np.array([[s.misses] for s in plan.sets], np.float32), attempt)
+            assert allowed is not None
+            misses = allowed.take(attempt)
 
             def count(flags: Value, of: Value) -> Value:
                 return (flags.cast(np.float32).unsqueeze(1) @ of).squeeze(1)

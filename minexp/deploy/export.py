@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import io
-import json
-import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +9,6 @@ from typing import Any, Literal
 import numpy as np
 import onnx
 import torch
-from PIL import Image
 from torch import Tensor
 
 from .. import __version__
@@ -31,7 +25,7 @@ from ..targets import Binary, Target
 from ..weights import state_digest
 from .bake import make_pictures, make_plan
 from .graph import explainer_graph, masker_graph
-from .metadata import EXPLAINER, MASKER, About, sealed
+from .metadata import EXPLAINER, MASKER, About, fingerprint_of
 from .networks import classifier_network, masker_network
 from .ops import OPSET
 from .parity import Parity, compare
@@ -39,11 +33,11 @@ from .plan import Plan
 from .quantise import CALIBRATION, Cost, quantised
 from .repository import write_repository
 from .runtime import Explained, Explainer, open_session
+from .sealed import finished, opened, selftest_rows
 from .ties import MOST, certify_again, tied
 
 Quantize = Literal["int8"]
 Layout = Literal["flat", "triton"]
-SELFTEST = 4  # pictures that travel with the model, to be explained again where it runs
 
 
 @dataclass(frozen=True)
@@ -212,7 +206,7 @@ class Draft:
         """The explainer's file, what it finds, and how that compares with torch. RequestError where float32 differs."""
         graph = self._graph(networks)
         about = self.about(precision)
-        explainer = _opened(_file(graph, about))
+        explainer = opened(finished(graph, about))
         found = Explained.join(list(explainer.stream(list(pixels))))
         parity = self._parity(found, reference, explainer if precision == "float32" else None)
         if precision == "float32" and not parity.exact:
@@ -220,8 +214,8 @@ class Draft:
                 f"ONNX Runtime does not give torch's answers, so nothing is written: {parity}; "
                 "check on other images with --data, or report the model"
             )
-        extra = dict(about.extra) | {"parity": asdict(parity), "selftest": _selftest(found)}
-        return _file(graph, replace(about, extra=extra)), found, parity
+        extra = dict(about.extra) | {"parity": asdict(parity), "selftest": selftest_rows(found)}
+        return finished(graph, replace(about, extra=extra)), found, parity
 
     def _graph(self, networks: tuple[onnx.ModelProto, onnx.ModelProto]) -> onnx.ModelProto:
         masker, classifier = networks
@@ -249,11 +243,12 @@ class Draft:
             "effort": "fast",
             "seed": self.seed,
             "precision": precision,
+            "threshold": self.plan.threshold,
         }
         colour = self.backgrounds.default(torch.zeros(1)).reshape(-1).tolist()
         return About(
             format=EXPLAINER,
-            fingerprint=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
+            fingerprint=fingerprint_of(identity),
             preprocessing=self.classifier.preprocessing,
             class_names=self.classifier.class_names,
             families=self.plan.families,
@@ -266,6 +261,7 @@ class Draft:
             extra={
                 "model": type(self.classifier.model).__name__,
                 "identity": identity,
+                "kept": str(self.classifier.target),
                 "plan": asdict(self.plan),
                 "versions": {"minexp": __version__, "torch": torch.__version__, "onnx": onnx.__version__},
             },
@@ -306,7 +302,7 @@ class Draft:
     def masker_file(self, network: onnx.ModelProto, pixels: np.ndarray | None) -> bytes:
         """masker.onnx: image → probabilities and mask, for any size, without a classifier; compared on ``pixels``."""
         graph = masker_graph(network, self.classifier.input_shape[0], self.plan.threshold)
-        content = _file(graph, replace(self.about("float32"), format=MASKER))
+        content = finished(graph, replace(self.about("float32"), format=MASKER))
         if pixels is not None and (flips := self._flips(content, pixels)):
             raise RequestError(
                 f"masker.onnx flips {flips} mask pixels of {len(pixels)} images against torch, so nothing is written"
@@ -328,50 +324,9 @@ def _floats(pixels: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float().div_(255)
 
 
-def _opened(content: bytes) -> Explainer:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "explainer.onnx"
-        path.write_bytes(content)
-        return Explainer(path, trusted=True)
-
-
 def _speedup(one: bytes, other: bytes, pixels: np.ndarray) -> float:
     """How many times as fast the other file explains these images; the two take turns."""
-    explainers = [_opened(one), _opened(other)]
+    explainers = [opened(one), opened(other)]
     times = [[explainer.explain(pixels).milliseconds for explainer in explainers] for _ in range(6)]
     slow, fast = np.median(times[1:], axis=0)
     return float(slow / fast)
-
-
-def _selftest(found: Explained) -> list[dict[str, Any]]:
-    """A few pictures with what was found of them, so that a runtime elsewhere can be held to it."""
-    rows = []
-    for place in range(min(SELFTEST, len(found))):
-        image, certificate = found.images[place], found.certificates[place]
-        file = io.BytesIO()
-        Image.fromarray(image[..., 0] if image.shape[2] == 1 else image).save(file, "PNG", optimize=True)
-        row = found.rows()[place]
-        names = (
-            "label",
-            "conf",
-            "conf_masked",
-            "area",
-            "robust_train",
-            "evaluations",
-            "mask_crc32",
-            "status",
-        )
-        rows.append(
-            {"png": base64.b64encode(file.getvalue()).decode(), **{name: row[name] for name in names}}
-        )
-        assert certificate.label == row["label"]
-    return rows
-
-
-def _file(graph: onnx.ModelProto, about: About) -> bytes:
-    model = onnx.ModelProto()
-    model.CopyFrom(graph)
-    model.producer_name, model.producer_version = "minexp", __version__
-    onnx.helper.set_model_props(model, about.to_metadata())
-    onnx.checker.check_model(model)
-    return sealed(model.SerializeToString(deterministic=True))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 
-from .ops import argument, build, call
+from .ops import argument, build, call, setting
 from .pictures import Pictures, masked, packed, pixels
 from .plan import Plan
 from .stages import Stages
@@ -15,7 +15,7 @@ def masker_graph(masker: onnx.ModelProto, channels: int, threshold: float) -> on
     """image uint8 [batch,height,width,C] → prob [batch,height,width], mask_bits, explanation (removed pixels black)."""
     image = argument(np.uint8, "batch", "height", "width", channels)
     prob = call(masker, pixels(image)).sigmoid().squeeze(1)
-    kept = prob > threshold
+    kept = prob > setting("minexp.threshold", np.float32(threshold))
     outputs = {"prob": prob, "mask_bits": packed(kept.reshape(0, -1))}
     outputs["explanation"] = masked(kept, image, np.zeros(channels, np.uint8))
     shapes = {"prob": ("height", "width"), "mask_bits": ("bytes",)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,6 +92,22 @@ _UNREADABLE = (
     *(KeyError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError),
     RequestError,
 )
+
+
+def fingerprint_of(identity: Mapping[str, Any]) -> str:
+    """Of the job that an explainer stands for."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def read_about(content: bytes, entries: Mapping[str, str], path: object, formats: Sequence[str]) -> About:
+    """The metadata of a file of one of these formats, with its seal. Raises RequestError."""
+    if entries.get("minexp.format") not in [f'"{name}"' for name in formats]:
+        raise RequestError(
+            f"{path} is an ONNX model but no explainer ({formats[0]}): write one with `minexp export`"
+        )
+    if not seal_holds(content):
+        raise RequestError(f"{path}: its content does not match its checksum: it is damaged; export it again")
+    return About.from_metadata(entries, path)
 
 
 def sealed(model: bytes) -> bytes:

@@ -184,6 +184,30 @@ def where(condition: Value, yes: Any, no: Any) -> Value:
     return Value(op.where(condition.var, like._other(yes), like._other(no)))
 
 
+def setting(name: str, value: Any) -> Value:
+    """A constant that `set_constants` finds again in the finished file."""
+    var = op.const(value)
+    var._rename(name)
+    return Value(var)
+
+
+def set_constants(model: onnx.ModelProto, values: dict[str, Any]) -> None:
+    """Give the constants of these names other values, in place. Raises KeyError for a name that is not there."""
+    missing = set(values)
+    graphs = [model.graph]
+    while graphs:
+        for node in graphs.pop().node:
+            graphs += _subgraphs(node)
+            if node.op_type == "Constant" and node.output[0] in values:
+                (attribute,) = node.attribute
+                old = onnx.numpy_helper.to_array(attribute.t)
+                new = np.asarray(values[node.output[0]], old.dtype).reshape(old.shape)
+                attribute.t.CopyFrom(onnx.numpy_helper.from_array(new))
+                missing.discard(node.output[0])
+    if missing:
+        raise KeyError(*missing)
+
+
 def pad_columns(value: Value, multiple: int) -> Value:
     """[B,N] with zeros on the right, so that N becomes a multiple."""
     count = Value(op.shape(value.var)).take(constant(np.array([1], np.int64)))

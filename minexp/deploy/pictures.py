@@ -63,14 +63,14 @@ def draw_numbers(image: Value, shape: tuple[int, int, int]) -> Value:
     return (image.reshape(0, -1).cast(np.float64) @ column).squeeze(1).cast(np.int64) % 2**31
 
 
-def local_order(p: Value, threshold: float, size: tuple[int, int]) -> Value:
+def local_order(p: Value, threshold: Value, size: tuple[int, int]) -> Value:
     """`minexp.repair.local_order`, its moving average as two matrix products: far fewer operations on large images."""
     side = 2 * max(1, min(size) // 8) + 1
     rows, columns = (_average(n, side) for n in size)
     around = p
     for _ in range(2):
         around = constant(rows) @ around @ constant(columns.T.copy())
-    return where(p > threshold, p, (p + around) * threshold / (1 + threshold))
+    return where(p > threshold, p, (p + around) * threshold / (threshold + 1))
 
 
 def _average(n: int, side: int) -> npt.NDArray[np.float32]:

@@ -5,8 +5,11 @@ Made from the torch path's own objects and constants, and all that the explainer
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+import numpy as np
 
 from ..families import POOL, RANDOM
 from ..intervals import wilson
@@ -62,6 +65,23 @@ class Plan:
     enlarge: float
     hints: bool
     text: str
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Plan:
+        """What `dataclasses.asdict` made of a plan. Raises TypeError or KeyError for anything else."""
+        sets = tuple(Sets(**one) for one in fields["sets"])
+        return cls(**{**fields, "sets": sets, "families": tuple(fields["families"])})
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The constants of the graph that may be set to other values once it is written, by name."""
+        given: dict[str, Any] = {"minexp.threshold": np.float32(self.threshold)}
+        if self.kind == "score":
+            given["minexp.tau"] = np.float32(self.tau)
+        if self.kind == "robust":
+            given["minexp.misses"] = np.array([[sets.misses] for sets in self.sets], np.float32)
+            given["minexp.needed"] = np.int64(self.needed)
+        return given
 
     @property
     def plain(self) -> tuple[Check, ...]:

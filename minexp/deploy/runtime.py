@@ -14,7 +14,7 @@ import numpy.typing as npt
 from ..certificate import Certificate, Measured, write_certificate
 from ..data.store import unpack_mask
 from ..errors import MinexpError, RequestError
-from .metadata import EXPLAINER, About, seal_holds
+from .metadata import EXPLAINER, read_about
 from .trial import try_model
 from .untrusted import read_model
 
@@ -90,15 +90,7 @@ class Explainer:
     ) -> None:
         self.path, self.provider, self.threads = Path(path), provider, threads
         content, metadata = read_model(self.path)
-        if metadata.get("minexp.format") != f'"{EXPLAINER}"':
-            raise RequestError(
-                f"{self.path} is an ONNX model but no explainer ({EXPLAINER}): write one with `minexp export`"
-            )
-        if not seal_holds(content):
-            raise RequestError(
-                f"{self.path}: its content does not match its checksum: it is damaged; export it again"
-            )
-        self.about = About.from_metadata(metadata, self.path)
+        self.about = read_about(content, metadata, self.path, (EXPLAINER,))
         if not trusted:
             try_model(self.path, provider=provider)
         self.session = open_session(content, provider, threads, self.path)

@@ -13,7 +13,7 @@ import onnx
 
 from ..families import FROM_IMAGE, POOL, RANDOM
 from .checks import Table, Verdict
-from .ops import Value, call, choose, concat, constant, loop, where
+from .ops import Value, call, choose, concat, constant, loop, setting, where
 from .pictures import Pictures, area, draw_numbers, local_order, masked, packed, pixels
 from .plan import DEFAULT, Plan
 
@@ -71,6 +71,8 @@ class Stages:
     ) -> None:
         self.plan, self.pictures, self.size, self.image = plan, pictures, size, image
         self.classifier = classifier
+        self.settings = {name: setting(name, value) for name, value in plan.settings.items()}
+        self.threshold = self.settings["minexp.threshold"]
         self.table = Table(plan, pictures)
         self.x = pixels(image)
         self.p = call(masker, self.x).sigmoid()
@@ -122,10 +124,10 @@ class Stages:
         zero = self.start * 0
         flag, real = zero > 0, zero.cast(np.float32)
         table = zero.unsqueeze(1) + constant(np.zeros((1, len(self.table)), np.int64))
-        order = local_order(self.p, self.plan.threshold, self.size).reshape(-1, self.size[0] * self.size[1])
+        order = local_order(self.p, self.threshold, self.size).reshape(-1, self.size[0] * self.size[1])
         names = ("stage", "turn", "attempt", "low", "high", "size", "label", "spent", "kept_top")
         values = dict.fromkeys(names, zero) | {"holds": ~flag, "certified": flag}
-        values |= {"threshold": real, "kept_prob": real, "mask": order > self.plan.threshold, "order": order}
+        values |= {"threshold": real, "kept_prob": real, "mask": order > self.threshold, "order": order}
         values |= {
             "ranked": order.sort_descending(self.size[0] * self.size[1]),
             "outcome": table - 1,
@@ -139,11 +141,15 @@ class Stages:
         state = _State.of(list(carried))
         asked = self._asked(state)
         self._evaluate(state, asked)
-        verdict = Verdict(self.plan, self.table, state.outcome, state.attempt)
+        verdict = self._verdict(state)
         known = ~self._open(state, verdict).any(1).squeeze(1) & ~state.stage.equals(DONE)
         state.turn = where(known, 0, state.turn + 1)
         self._move_on(state, known, verdict)
         return (~state.stage.equals(DONE)).any(0), state.values()
+
+    def _verdict(self, state: _State) -> Verdict:
+        allowed = self.settings.get("minexp.misses")
+        return Verdict(self.plan, self.table, state.outcome, state.attempt, allowed)
 
     def _open(self, state: _State, verdict: Verdict) -> Value:
         """Which checks [B,columns] can still decide the stage an image is in."""
@@ -159,7 +165,7 @@ class Stages:
         """The wave's (image, check) pairs [n,2]: of each image the most urgent open checks."""
         plan, count = self.plan, min(self.plan.wave, len(self.table))
         stage = state.stage
-        verdict = Verdict(plan, self.table, state.outcome, state.attempt)
+        verdict = self._verdict(state)
         open_ = self._open(state, verdict)
         # in their order, from the mask on the default background on
         order = constant(Table.kept - np.arange(len(self.table), dtype=np.float32)[None])
@@ -188,7 +194,7 @@ class Stages:
         passed = top.equals(label)
         if self.plan.kind == "score":
             predicate = constant(table.only(1, table.certificate)).take(check)
-            passed = (predicate & (prob >= self.plan.tau)) | (~predicate & passed)
+            passed = (predicate & (prob >= self.settings["minexp.tau"])) | (~predicate & passed)
         state.outcome = state.outcome.put(asked, passed.cast(np.int64))
         state.top, state.prob = state.top.put(asked, top), state.prob.put(asked, prob)
         named = state.stage.equals(IMAGE)
@@ -293,7 +299,7 @@ class Stages:
         done = measured & ~again
         state.attempt = where(again, state.attempt + 1, state.attempt)
         self._prefer_mask(state, again)
-        above = (self.p > plan.threshold).reshape(0, -1)
+        above = (self.p > self.threshold).reshape(0, -1)
         least = self._grown(above, plan.start) if plan.start != 1 else area(above)
 
         size = where(grow, larger, state.size)
@@ -310,7 +316,7 @@ class Stages:
         reached = level.squeeze(1)
         if plan.start == 1:  # the masker's own mask
             own = tested & ok & state.attempt.equals(0)
-            reached = where(own, constant(np.float32(plan.threshold)), reached)
+            reached = where(own, self.threshold, reached)
         state.threshold = where(end, reached, state.threshold)
 
         nexts = ((begun | again, FIRST), (whole, WHOLE), (grow, GROW), (end, CERTIFY), (done, DONE))
@@ -358,7 +364,8 @@ class Stages:
         counted = self.table.only(self.table.fresh_draws, len(self.table))
         counted &= np.array([check.background in RANDOM for check in self.table.checks])
         hits = (constant(counted[None]) & state.outcome.equals(1)).cast(np.int64).sum(1)
-        return state.holds & (hits >= self.plan.needed)
+        needed = self.settings.get("minexp.needed")
+        return state.holds if needed is None else state.holds & (hits >= needed)
 
 
 def _pairs(first: Value, second: Value) -> Value:
