@@ -21,9 +21,8 @@ from ..errors import RequestError
 from ..explanation import Explanation, bind, explain, make_backgrounds
 from ..masker import Masker
 from ..predicate import Predicate
-from ..targets import Binary, Target
 from ..weights import state_digest
-from .bake import make_pictures, make_plan
+from .bake import make_pictures, make_plan, number_of
 from .graph import explainer_graph, masker_graph
 from .metadata import EXPLAINER, MASKER, About, fingerprint_of
 from .networks import classifier_network, masker_network
@@ -161,12 +160,7 @@ class Draft:
     ) -> Draft:
         backgrounds = make_backgrounds(classifier, masker, background=background, seed=seed)
         target = classifier.target
-        if type(target) not in (Target, Binary):
-            raise RequestError(
-                f"an explainer file answers for the class with the highest score, not for '{target}'; load the "
-                "classifier without --target"
-            )
-        plan = make_plan(predicate, str(target))
+        plan = make_plan(predicate, str(target), number_of(target))
         return cls(classifier, masker, predicate, backgrounds, background, seed, plan)
 
     def networks(self) -> tuple[onnx.ModelProto, onnx.ModelProto]:
@@ -225,13 +219,14 @@ class Draft:
         return explainer_graph(masker, classifier, self.plan, pictures, self.classifier.input_shape[1:])
 
     def _empty(self, classifier: onnx.ModelProto) -> np.ndarray:
-        """Class probabilities [K] of the default background alone, as the exported network gives them."""
+        """Numbers [K] of the default background alone, as the exported network gives them: probabilities of classes."""
         session = open_session(classifier.SerializeToString(), "cpu", 1, "the classifier")
         colour = self.backgrounds.default(torch.zeros(1))
         blank = colour.expand(2, *self.classifier.input_shape).numpy()
-        scores = session.run(None, {"x": np.ascontiguousarray(blank)})[0][0].astype(np.float64)
-        values = np.exp(scores - scores.max())
-        return (values / values.sum()).astype(np.float32)
+        scores = torch.from_numpy(session.run(None, {"x": np.ascontiguousarray(blank)})[0][0]).double()
+        of = "softmax" if self.plan.number is None else self.plan.number.of
+        values = {"softmax": scores.softmax(0), "sigmoid": scores.sigmoid(), "scores": scores}[of]
+        return values.float().numpy()
 
     def about(self, precision: str) -> About:
         """Everything a reader or a runtime wants to know, but for the check's outcome."""
@@ -258,6 +253,7 @@ class Draft:
             threshold=self.plan.threshold,
             background=tuple(colour),
             precision=precision,
+            explained=self._explained(),
             extra={
                 "model": type(self.classifier.model).__name__,
                 "identity": identity,
@@ -265,6 +261,14 @@ class Draft:
                 "plan": asdict(self.plan),
                 "versions": {"minexp": __version__, "torch": torch.__version__, "onnx": onnx.__version__},
             },
+        )
+
+    def _explained(self) -> str | None:
+        """The name of the number that is explained, the same of every image."""
+        if self.plan.number is None:
+            return None
+        return self.classifier.target.name(
+            torch.zeros(len(self.classifier.class_names)), self.classifier.class_names
         )
 
     def _parity(self, found: Explained, reference: Explanation, explainer: Explainer | None) -> Parity:

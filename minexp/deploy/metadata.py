@@ -37,6 +37,7 @@ class About:
     background: tuple[float, ...]
     precision: str
     extra: Mapping[str, Any]
+    explained: str | None = None
 
     def to_metadata(self) -> dict[str, str]:
         """Key → JSON, as it goes into the model."""
@@ -52,6 +53,7 @@ class About:
             "threshold": self.threshold,
             "background": list(self.background),
             "precision": self.precision,
+            "explained": self.explained,
             **self.extra,
         }
         return {f"minexp.{key}": json.dumps(value) for key, value in fields.items()}
@@ -65,7 +67,7 @@ class About:
                 for key, value in entries.items()
                 if key.startswith("minexp.") and key != _SEAL
             }
-            rho = fields.pop("rho")
+            rho, explained = fields.pop("rho"), fields.pop("explained", None)
             return cls(
                 format=str(fields.pop("format")),
                 fingerprint=str(fields.pop("fingerprint")),
@@ -79,6 +81,7 @@ class About:
                 background=tuple(map(float, fields.pop("background"))),
                 precision=str(fields.pop("precision")),
                 extra=fields,
+                explained=None if explained is None else str(explained),
             )
         except _UNREADABLE as error:
             why = f"{type(error).__name__}: {str(error)[:200]}"

@@ -16,7 +16,7 @@ class Pictures:
 
     colour: [C] in [0,1], what removed pixels become by default. drawn: uint8 [N,C,H,W]; first: where the draws of
     (purpose, family) begin in it. blur: matrices [POOL,H,H] and [POOL,W,W] that blur rows and columns, one pair a
-    draw. empty: class probabilities [K] of the default background alone.
+    draw. empty: numbers [K] of the default background alone, one a class.
     """
 
     colour: npt.NDArray[np.float32]

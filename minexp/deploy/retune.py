@@ -72,7 +72,9 @@ def _retuned(about: About, changes: dict[str, float], path: Path) -> tuple[Plan,
             if name in changes and predicate.kind != kind:
                 raise RequestError(f"{path}: its predicate is {predicate.kind}, which has no {name}")
         predicate = replace(predicate, rho=changes.get("rho", old.rho), tau=changes.get("tau", old.tau))
-        plan = replace(make_plan(predicate, kept), threshold=changes.get("threshold", old.threshold))
+        plan = replace(
+            make_plan(predicate, kept, old.number), threshold=changes.get("threshold", old.threshold)
+        )
         if (
             replace(plan, rho=old.rho, tau=old.tau, threshold=old.threshold, sets=old.sets, text=old.text)
             != old

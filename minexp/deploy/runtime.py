@@ -124,7 +124,7 @@ class Explainer:
         draws = len(self.about.families) * self.about.fresh
         wanted: dict[str, tuple[str, list[int]]] = {
             **{name: ("tensor(int64)", []) for name in ("label", "label_masked", "attempt", "evaluations")},
-            **{name: ("tensor(bool)", []) for name in ("holds", "certified", "dilation_kept")},
+            **{name: ("tensor(bool)", []) for name in ("kept", "holds", "certified", "dilation_kept")},
             **{name: ("tensor(float)", []) for name in _FLOATS},
             "kept_on": ("tensor(bool)", [draws]),
             "mask_bits": ("tensor(uint8)", [-(-h * w // 8)]),
@@ -170,7 +170,7 @@ class Explainer:
         return dict(zip(names, binding.copy_outputs_to_cpu(), strict=True))
 
     def explain(self, images: Pixels) -> Explained:
-        """Explain the top class of uint8 images [B,H,W,C] of the explainer's own size.
+        """Explain the class of uint8 images [B,H,W,C] of the explainer's own size.
 
         `about.preprocessing.pixels` brings an image of any size to it. Raises MinexpError for scores that are not
         finite.
@@ -201,13 +201,13 @@ class Explainer:
         measured = Measured(
             mask=masks[place],
             label=int(one["label"]),
-            label_name=about.class_names[int(one["label"])],
+            label_name=about.explained or about.class_names[int(one["label"])],
             conf=float(one["conf"]),
             label_masked=int(one["label_masked"]),
             conf_masked=float(one["conf_masked"]),
             conf_complement=float(one["conf_complement"]),
             conf_empty=float(one["conf_empty"]),
-            kept=int(one["label_masked"]) == int(one["label"]),
+            kept=bool(one["kept"]),
             dilation_kept=bool(one["dilation_kept"]),
             holds=bool(one["holds"]),
             threshold=float(one["threshold"]),

@@ -15,7 +15,7 @@ from ..families import FROM_IMAGE, POOL, RANDOM
 from .checks import Table, Verdict
 from .ops import Value, call, choose, concat, constant, loop, setting, where
 from .pictures import Pictures, area, draw_numbers, local_order, masked, packed, pixels
-from .plan import DEFAULT, Plan
+from .plan import DEFAULT, Number, Plan
 
 # What an image waits for; a bisection is BISECT + its number.
 IMAGE, FIRST, WHOLE, GROW, CERTIFY, DONE, BISECT = range(7)
@@ -82,14 +82,17 @@ class Stages:
         h, w = self.size
         last = _State.of(loop(self._turn, self._begin().values(), self._bound))
         first = self.table.certificate
-        kept = last.mask.reshape(0, h, w)
+        whole, number = last.prob.take(self.table.image, axis=1), self.plan.number
+        same = last.kept_top.equals(last.label)
+        kept = same if number is None else _stays(number, whole, last.kept_prob)
         drawn = last.outcome.columns(self.table.fresh_draws, len(self.table)).equals(1)
         colour = np.round(self.pictures.colour * 255).astype(np.uint8)
         return {
             "label": last.label,
-            "conf": last.prob.take(self.table.image, axis=1),
+            "conf": whole,
             "label_masked": last.kept_top,
             "conf_masked": last.kept_prob,
+            "kept": kept,
             "conf_complement": last.prob.take(first, axis=1),
             "conf_empty": constant(self.pictures.empty).take(last.label),
             "dilation_kept": last.outcome.take(first + 1, axis=1).equals(1),
@@ -103,7 +106,7 @@ class Stages:
             "evaluations": last.spent,
             "mask_bits": packed(last.mask),
             "prob": self.p.squeeze(1),
-            "explanation": masked(kept, self.image, colour),
+            "explanation": masked(last.mask.reshape(0, h, w), self.image, colour),
         }
 
     def _share(self, drawn: Value, families: list[str]) -> Value:
@@ -188,10 +191,20 @@ class Stages:
         asked, shown = self._shown(state, asked)
         image, check = asked.take(0, axis=1), asked.take(1, axis=1)
         scores = call(self.classifier, shown)
-        top = scores.argmax(1)
-        label = where(check.equals(table.image), top, state.label.take(image))
-        prob = scores.softmax(1).take_along(label.unsqueeze(1)).squeeze(1)
-        passed = top.equals(label)
+        if self.plan.number is None:
+            top = scores.argmax(1)
+            label = where(check.equals(table.image), top, state.label.take(image))
+            prob = scores.softmax(1).take_along(label.unsqueeze(1)).squeeze(1)
+            passed = top.equals(label)
+        else:
+            number = self.plan.number
+            values = {
+                "softmax": lambda: scores.softmax(1),
+                "sigmoid": scores.sigmoid,
+                "scores": lambda: scores,
+            }
+            prob, top = values[number.of]().take(number.column, axis=1), image * 0 + number.column
+            passed = _stays(number, state.prob.take(table.image, axis=1).take(image), prob)
         if self.plan.kind == "score":
             predicate = constant(table.only(1, table.certificate)).take(check)
             passed = (predicate & (prob >= self.settings["minexp.tau"])) | (~predicate & passed)
@@ -366,6 +379,19 @@ class Stages:
         hits = (constant(counted[None]) & state.outcome.equals(1)).cast(np.int64).sum(1)
         needed = self.settings.get("minexp.needed")
         return state.holds if needed is None else state.holds & (hits >= needed)
+
+
+def _stays(number: Number, whole: Value, value: Value) -> Value:
+    """Is the value [n] still that of the whole image, as the target means it?"""
+    if number.tolerance is None:
+        size = where(whole >= 0, whole, whole * -1)
+        slack = size * (1 - number.keep)
+    else:
+        slack = whole * 0 + number.tolerance
+    if not number.both_ways:
+        return value >= whole - slack
+    difference = value - whole
+    return where(difference >= 0, difference, difference * -1) <= slack
 
 
 def _pairs(first: Value, second: Value) -> Value:
