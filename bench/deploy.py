@@ -7,7 +7,6 @@ Writes deploy-DEVICE.csv and .png to bench/results. `speedup` is over torch eage
 
 from __future__ import annotations
 
-import csv
 import importlib.util
 import json
 import os
@@ -25,6 +24,8 @@ import numpy as np
 import onnx
 import torch
 from PIL import Image
+from rows import COLUMNS as ROWS
+from rows import write_csv
 
 from minexp.classifier import Classifier
 from minexp.data.sources import open_source
@@ -40,20 +41,7 @@ from minexp.predicate import Predicate
 from minexp.specs import build
 
 RESULTS = Path(__file__).resolve().parent / "results"
-COLUMNS = (
-    "op",
-    "provider",
-    "mode",
-    "shape",
-    "threads",
-    "p20",
-    "p50",
-    "p80",
-    "speedup",
-    "memory",
-    "bound",
-    "ratio",
-)
+COLUMNS = (*ROWS[:-1], "memory")  # no bandwidth, but memory
 REPEATS, BATCHES, THREADS, SIDE = 5, (1, 8, 32), (1, 2), 224
 COMPILED = (1, 8)  # threads and batch with which torch.compile is measured: each takes half a minute
 JPEGS = 96
@@ -315,10 +303,7 @@ def _timed(
 
 def write(rows: list[Row], stem: Path) -> None:
     """The rows as CSV and, where matplotlib is installed, as bars of the speed over torch eager."""
-    with open(stem.with_suffix(".csv"), "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(rows, stem, COLUMNS)
     if importlib.util.find_spec("matplotlib") is None:
         return
     from matplotlib.figure import Figure
