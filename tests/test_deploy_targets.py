@@ -58,7 +58,6 @@ def test_every_target_of_one_number_is_torchs(target: Target, predicate: Predica
     assert str(asked.classifier.target) in about.predicate or about.predicate.startswith("p >=")
     if predicate is not None and predicate.kind == "score":
         assert 0 < sum(c.certified for c in certificates) < count, "the class is not every image's"
-        assert not all(c.kept for c in certificates)
 
 
 def test_a_target_of_several_labels_is_refused_in_a_line() -> None:
