@@ -8,7 +8,6 @@ circuit-SUBJECT.csv and .png to bench/results.
 
 from __future__ import annotations
 
-import csv
 import importlib.util
 import sys
 from collections.abc import Iterable, Sequence
@@ -19,6 +18,7 @@ import numpy as np
 import relevances
 import torch
 from circuit_subjects import REFERENCES, Say, Subject, given_subject, lent, scenes_subject, tensor
+from rows import write_csv
 from torch import Tensor
 
 from minexp.circuit.ablation import Metric
@@ -329,12 +329,7 @@ def _cost_rows(
 
 def write(rows: Sequence[Row], stem: Path) -> None:
     """The rows as CSV."""
-    with open(stem.with_suffix(".csv"), "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="")
-        writer.writeheader()
-        writer.writerows(
-            {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows
-        )
+    write_csv(rows, stem, COLUMNS)
 
 
 def plot(lines: dict[Metric, list[Line]], modes: dict[str, Line], stem: Path) -> None:

@@ -1,4 +1,4 @@
-"""Deployment: the masker, a whole explanation, and a folder of JPEGs to Parquet, in torch and in ONNX Runtime.
+"""Deployment: masker, classifier, whole explanations, and a folder of JPEGs to Parquet, in torch and in ONNX Runtime.
 
 Weights are random and the masker keeps everything, so that the predicate holds at once: what is timed is the work that
 every explanation needs. Providers take turns within a round, so that what else the machine does slows all alike.
@@ -7,7 +7,6 @@ Writes deploy-DEVICE.csv and .png to bench/results. `speedup` is over torch eage
 
 from __future__ import annotations
 
-import csv
 import importlib.util
 import json
 import os
@@ -25,34 +24,24 @@ import numpy as np
 import onnx
 import torch
 from PIL import Image
+from rows import COLUMNS as ROWS
+from rows import write_csv
 
 from minexp.classifier import Classifier
 from minexp.data.sources import open_source
 from minexp.data.subjects import digits
 from minexp.deploy.export import Draft
 from minexp.deploy.job import explain_dataset as explain_onnx
-from minexp.deploy.networks import masker_network
+from minexp.deploy.networks import classifier_network, masker_network
 from minexp.deploy.quantise import quantised
 from minexp.deploy.runtime import Explainer, open_session
 from minexp.jobs.local import explain_dataset as explain_torch
 from minexp.masker import Architecture, Masker
 from minexp.predicate import Predicate
+from minexp.specs import build
 
 RESULTS = Path(__file__).resolve().parent / "results"
-COLUMNS = (
-    "op",
-    "provider",
-    "mode",
-    "shape",
-    "threads",
-    "p20",
-    "p50",
-    "p80",
-    "speedup",
-    "memory",
-    "bound",
-    "ratio",
-)
+COLUMNS = (*ROWS[:-1], "memory")  # no bandwidth, but memory
 REPEATS, BATCHES, THREADS, SIDE = 5, (1, 8, 32), (1, 2), 224
 COMPILED = (1, 8)  # threads and batch with which torch.compile is measured: each takes half a minute
 JPEGS = 96
@@ -64,7 +53,7 @@ def measure(quiet: bool) -> list[Row]:
     """Rows for `minexp bench deploy`, times in ms of one call (of one image for folders), memory in MB."""
     torch.manual_seed(0)
     say = (lambda line: None) if quiet else (lambda line: print(line, file=sys.stderr))
-    rows = [*_masker_rows(say), *_explainer_rows(say)]
+    rows = [*_masker_rows(say), *_classifier_rows(say), *_explainer_rows(say)]
     write(rows, RESULTS / f"deploy-{'cuda' if torch.cuda.is_available() else 'cpu'}")
     return rows
 
@@ -91,6 +80,25 @@ def _masker_rows(say: Callable[[str], None]) -> Iterable[Row]:
                     calls[name, mode] = partial(session.run, None, {"x": x.numpy()})
             yield from _timed(f"masker {SIDE}²", calls, f"{batch}x3x{SIDE}x{SIDE}", threads)
     torch.set_num_threads(1)
+
+
+def _classifier_rows(say: Callable[[str], None]) -> Iterable[Row]:
+    """The classifiers alone, which bound what 8 bits can gain: the scenes' and, with torchvision, ResNet-18."""
+    torch.set_num_threads(1)
+    subjects = [("scenes", digits(), 32)]
+    if importlib.util.find_spec("torchvision") is not None:
+        built = build("torchvision:resnet18", num_classes=None, pretrained=False, trust_model=False)
+        subjects.append(("resnet18", Classifier(built.model, preprocessing=built.preprocessing), 8))
+    for name, classifier, batch in subjects:
+        say(f"classifier: {name}")
+        shape = classifier.input_shape
+        sample = np.random.default_rng(0).random((8, *shape), dtype=np.float32)
+        plain, x = classifier_network(classifier), torch.rand(batch, *shape)
+        calls: dict[tuple[str, str], Call] = {("torch-cpu", "eager"): partial(_forward, classifier.logits, x)}
+        for mode, network in {"fp32": plain, "int8": quantised(plain, sample)}.items():
+            for provider, session in _sessions(network, 1):
+                calls[provider, mode] = partial(session.run, None, {"x": x.numpy()})
+        yield from _timed(f"classifier {name}", calls, "x".join(map(str, (batch, *shape))), 1)
 
 
 def _forward(model: Any, x: torch.Tensor) -> Any:
@@ -295,10 +303,7 @@ def _timed(
 
 def write(rows: list[Row], stem: Path) -> None:
     """The rows as CSV and, where matplotlib is installed, as bars of the speed over torch eager."""
-    with open(stem.with_suffix(".csv"), "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(rows, stem, COLUMNS)
     if importlib.util.find_spec("matplotlib") is None:
         return
     from matplotlib.figure import Figure

@@ -436,7 +436,7 @@ def _plot(rows: list[Row], device: str, path: Path) -> None:
 
 
 def _main() -> None:
-    from run import table
+    from rows import table
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

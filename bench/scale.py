@@ -8,7 +8,6 @@ projection. Writes scale-DEVICE.csv and .png to ``out`` (bench/results). Full si
 
 from __future__ import annotations
 
-import csv
 import importlib.util
 import io
 import sys
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from data import PHOTOGRAPH, jpeg
+from rows import write_csv
 from scale_rows import STUB, Row, columns, report, seconds_of, stub
 
 from minexp.classifier import Classifier
@@ -299,11 +299,7 @@ def _core() -> str:
 
 def write(rows: list[Row], stem: Path) -> None:
     """The rows as CSV and, where matplotlib is installed, as a plot of the stages and of the jobs."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    with open(stem.with_suffix(".csv"), "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(rows, stem, COLUMNS)
     if importlib.util.find_spec("matplotlib") is None:
         return
     from matplotlib.figure import Figure

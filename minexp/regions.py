@@ -12,8 +12,9 @@ def components(mask: Mask) -> int:
     padded = np.zeros((mask.shape[0], mask.shape[1] + 2), np.int8)
     padded[:, 1:-1] = mask
     edges = np.diff(padded, axis=1)
-    rows, starts = np.nonzero(edges == 1)
-    _, ends = np.nonzero(edges == -1)  # exclusive
+    rows, first = np.nonzero(edges == 1)
+    _, last = np.nonzero(edges == -1)  # exclusive
+    starts, ends = first.tolist(), last.tolist()  # a loop reads lists faster
     parent = list(range(len(rows)))
 
     def root(i: int) -> int:
@@ -22,11 +23,11 @@ def components(mask: Mask) -> int:
             i = parent[i]
         return i
 
-    bounds = np.searchsorted(rows, np.arange(mask.shape[0] + 1))
+    bounds = np.searchsorted(rows, np.arange(mask.shape[0] + 1)).tolist()
     count = len(parent)
     for row in range(1, mask.shape[0]):
-        above, here = int(bounds[row - 1]), int(bounds[row])
-        last_above, last_here = here, int(bounds[row + 1])
+        above, here = bounds[row - 1], bounds[row]
+        last_above, last_here = here, bounds[row + 1]
         while above < last_above and here < last_here:
             # diagonal neighbours touch: runs [s, e) meet when s1 <= e2 and s2 <= e1
             if starts[above] <= ends[here] and starts[here] <= ends[above]:

@@ -34,7 +34,7 @@ def suite(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 def test_rows_as_a_table_and_as_json(suite: list[bool], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "explain"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == list(runpy.run_path(str(BENCH / "run.py"))["COLUMNS"])
+    assert lines[0].split() == list(runpy.run_path(str(BENCH / "rows.py"))["COLUMNS"])
     assert lines[1].split() == [
         "explain",
         "x",

@@ -24,9 +24,9 @@ class Export(WithModel):
     masker: Path | None = None
     """Masker made by `minexp fit` for this classifier."""
     out: Path | None = None
-    """Directory of the files."""
+    """Directory of the files; with --onnx, the file to write."""
     onnx: Path | None = None
-    """An explainer.onnx that is there, in place of --model and --masker: for --page, and needs no torch."""
+    """An exported file, in place of --model and --masker: for --page (no torch needed), --threshold, --rho or --tau."""
     page: Path | None = None
     """Also one HTML file that explains images in a browser, offline."""
     web_runtime: Path | None = None
@@ -37,12 +37,14 @@ class Export(WithModel):
     """How many of them."""
     predicate: Literal["robust", "top1", "score"] = "robust"
     """What a mask has to do, as in `minexp explain`."""
-    rho: float = 0.95
-    """With robust: share of the random backgrounds on which the class has to stay."""
+    rho: float | None = None
+    """With robust: share of the random backgrounds on which the class has to stay, by default 0.95."""
     draws: int = 20
     """With robust: number of random backgrounds."""
-    tau: float = 0.5
-    """With score: the probability to reach."""
+    tau: float | None = None
+    """With score: the probability to reach, by default 0.5."""
+    threshold: float | None = None
+    """With --onnx: the threshold of the masker's probabilities in the file that is written, in place of 0.5."""
     background: Literal["mean", "black", "white"] = "mean"
     """What removed pixels become in the kept image."""
     seed: int = 0
@@ -53,20 +55,29 @@ class Export(WithModel):
     """triton: a model repository for Triton, OpenVINO Model Server and KServe."""
 
     def run(self) -> int:
-        summary: dict[str, Any] = {"files": [str(self.onnx)], "explainer": str(self.onnx)}
-        if self.onnx is None:
-            summary = self._files()
+        summary = self._files() if self.onnx is None else self._again(self.onnx)
         if self.page is not None:
             from ..deploy.page import write_page
 
             summary["page"] = str(write_page(summary["explainer"], self.page, web_runtime=self.web_runtime))
-        elif self.onnx is not None:
-            raise RequestError(
-                f"{self.onnx} is exported already: give --page FILE.html, or --model and --masker"
-            )
         text = table(summary | {"files": ", ".join(summary["files"])})
         self.show(summary, f"{text}\nnext: minexp explain --onnx {summary['explainer']} --data DIR --out DIR")
         return DONE
+
+    def _again(self, onnx: Path) -> dict[str, Any]:
+        """The file that is there or, with another threshold, rho or tau, the one written in its likeness."""
+        changes = {"threshold": self.threshold, "rho": self.rho, "tau": self.tau}
+        if self.page is None or any(value is not None for value in changes.values()):
+            from ..data.files import replacing
+            from ..deploy.retune import retune
+
+            content = retune(onnx, **changes)
+            if self.out is None or self.out.suffix != ".onnx":
+                raise RequestError("give --out FILE.onnx: what is written with the new settings")
+            with replacing(self.out) as temporary:
+                temporary.write_bytes(content)
+            onnx = self.out
+        return {"files": [str(onnx)], "explainer": str(onnx)}
 
     def _files(self) -> dict[str, Any]:
         from ..certify import Predicate
@@ -74,6 +85,8 @@ class Export(WithModel):
         from ..deploy.onnx_classifier import adopt_masker
         from ..masker import load_masker
 
+        if self.threshold is not None:
+            raise RequestError("--threshold changes an exported file: give it as --onnx")
         if not self.model or self.masker is None or self.out is None:
             raise RequestError("give --model SPEC, --masker FILE and --out DIR; see minexp export --help")
         classifier = self.classifier()
@@ -83,7 +96,12 @@ class Export(WithModel):
             load(self.masker, classifier),
             self.out,
             images=self._images(classifier.preprocessing),
-            predicate=Predicate(self.predicate, rho=self.rho, draws=self.draws, tau=self.tau),
+            predicate=Predicate(
+                self.predicate,
+                rho=0.95 if self.rho is None else self.rho,
+                draws=self.draws,
+                tau=0.5 if self.tau is None else self.tau,
+            ),
             background=self.background,
             seed=self.seed,
             quantize=self.quantize,

@@ -14,13 +14,32 @@ from ..judge import WAVE
 from ..predicate import Predicate
 from ..repair import SPARING, Repair
 from ..search import REPEATS
+from ..targets import Binary, ChosenClass, Score, Target
+from ..targets import Value as RegressionValue
 from .pictures import Pictures
-from .plan import Plan, Sets
+from .plan import Number, Plan, Sets
 
 THRESHOLD = 0.5
 
 
-def make_plan(predicate: Predicate, kept: str, repair: Repair = SPARING) -> Plan:
+def number_of(target: Target) -> Number | None:
+    """The number that a target keeps; None for the class with the highest score. RequestError for any other."""
+    if type(target) in (Target, Binary):
+        return None
+    if isinstance(target, ChosenClass):
+        return Number(target.column, "sigmoid" if target.sigmoid else "softmax", target.keep)
+    if isinstance(target, Score) and target.function is None:
+        both = isinstance(target, RegressionValue)
+        return Number(target.column, "scores", target.keep, getattr(target, "tolerance", None), both)
+    raise RequestError(
+        f"an explainer file cannot answer for '{target}', only for the class with the highest score, a class, a label "
+        "or a value; load the classifier with another --target"
+    )
+
+
+def make_plan(
+    predicate: Predicate, kept: str, number: Number | None = None, repair: Repair = SPARING
+) -> Plan:
     """The stages of a fast explanation with this predicate; kept: the target in words."""
     if repair.again:
         raise RequestError(
@@ -43,13 +62,14 @@ def make_plan(predicate: Predicate, kept: str, repair: Repair = SPARING) -> Plan
         enlarge=repair.enlarge,
         hints=repair.hints,
         text=asked[0].claim(kept),
+        number=number,
     )
 
 
 def make_pictures(
     plan: Plan, backgrounds: Backgrounds, shape: tuple[int, int, int], empty: npt.NDArray[np.float32]
 ) -> Pictures:
-    """The plan's backgrounds for images of ``shape`` (C,H,W); empty: class probabilities of the default one."""
+    """The plan's backgrounds for images of ``shape`` (C,H,W); empty: the numbers [K] of the default one."""
     like = torch.zeros(1, *shape)
     drawn, first, count = [], {}, 0
     for (purpose, family), draws in plan.pools.items():

@@ -50,20 +50,25 @@ class Table:
 class Verdict:
     """What a predicate's checks say by now, `minexp.judge.Judge` on a table: outcome [B,columns] -1, 0 or 1.
 
-    bad, good [B,1]: the mask has failed, has passed; open [B,columns]: checks that can still change that.
+    allowed [attempts,1]: misses of a set, of a robust predicate. bad, good [B,1]: the mask has failed, has passed;
+    open [B,columns]: checks that can still change that.
     """
 
-    def __init__(self, plan: Plan, table: Table, outcome: Value, attempt: Value) -> None:
+    def __init__(
+        self, plan: Plan, table: Table, outcome: Value, attempt: Value, allowed: Value | None
+    ) -> None:
         asked, passed, missed = outcome >= 0, outcome.equals(1), outcome.equals(0)
         plain = constant(table.only(1, table.draws)[None])
         self.bad = (plain & missed).any(1)
         self.good = ~(plain & ~passed).any(1)
         self.open = plain & ~asked
         if plan.kind == "robust":
-            members = [_members(table, sets) for sets in plan.sets]
+            most = max(sets.repeats for sets in plan.sets)
+            members = [_members(table, sets, most) for sets in plan.sets]
             # [attempts,columns,sets]: which column is a draw of which set, and among its first, early ones
             member, early = (_chosen(np.stack([m[place] for m in members]), attempt) for place in (0, 1))
-            misses = _chosen(np.array([[s.misses] for s in plan.sets], np.float32), attempt)
+            assert allowed is not None
+            misses = allowed.take(attempt)
 
             def count(flags: Value, of: Value) -> Value:
                 return (flags.cast(np.float32).unsqueeze(1) @ of).squeeze(1)
@@ -85,9 +90,8 @@ class Verdict:
         self.good = self.good & ~self.bad
 
 
-def _members(table: Table, sets: Sets) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """[columns,sets] of one attempt: is the column a draw of the set; and among its first ``early``?"""
-    most = 1 + (table.certificate - table.draws)  # no attempt has more sets than there are draws
+def _members(table: Table, sets: Sets, most: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """[columns,most] of one attempt: is the column a draw of the set; and among its first ``early``?"""
     member = np.zeros((2, len(table), most), np.float32)
     for n in range(sets.repeats * sets.draws):
         member[0, table.draws + n, n // sets.draws] = 1

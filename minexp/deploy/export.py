@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import io
-import json
-import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,23 +9,22 @@ from typing import Any, Literal
 import numpy as np
 import onnx
 import torch
-from PIL import Image
 from torch import Tensor
 
 from .. import __version__
 from ..backgrounds import Backgrounds
+from ..certificate import Certificate
 from ..classifier import Classifier
 from ..data.files import replacing
 from ..data.store import unpack_mask
 from ..errors import RequestError
-from ..explanation import Explanation, explain, make_backgrounds
+from ..explanation import Explanation, bind, explain, make_backgrounds
 from ..masker import Masker
 from ..predicate import Predicate
-from ..targets import Binary, Target
 from ..weights import state_digest
-from .bake import make_pictures, make_plan
+from .bake import make_pictures, make_plan, number_of
 from .graph import explainer_graph, masker_graph
-from .metadata import EXPLAINER, MASKER, About, sealed
+from .metadata import EXPLAINER, MASKER, About, fingerprint_of
 from .networks import classifier_network, masker_network
 from .ops import OPSET
 from .parity import Parity, compare
@@ -38,10 +32,11 @@ from .plan import Plan
 from .quantise import CALIBRATION, Cost, quantised
 from .repository import write_repository
 from .runtime import Explained, Explainer, open_session
+from .sealed import finished, opened, selftest_rows
+from .ties import MOST, certify_again, tied
 
 Quantize = Literal["int8"]
 Layout = Literal["flat", "triton"]
-SELFTEST = 4  # pictures that travel with the model, to be explained again where it runs
 
 
 @dataclass(frozen=True)
@@ -68,6 +63,7 @@ class Exported:
             "precision": "float32" if self.cost is None else "int8",
             "parity_images": self.parity.images,
             "parity_mask_flips": self.parity.mask_flips,
+            "parity_mask_ties": self.parity.mask_ties,
             "parity_max_abs": self.parity.max_abs,
             "parity_certificates": self.parity.certificates,
         }
@@ -93,7 +89,8 @@ def export(
     quantize "int8": 8-bit networks, calibrated on the same images; refused, with the figures, when they change more
     than a few answers. layout "triton": a model repository for Triton, OpenVINO Model Server and KServe.
     Raises RequestError when the model cannot be exported or, with the figures, when ONNX Runtime's answers are not
-    torch's: no pixel of a mask, no class and no certificate may differ, no probability by more than 1e-4.
+    torch's: no pixel of a mask, no class and no certificate may differ, no probability by more than 1e-4. Pixels whose
+    side of a mask's level float32 rounding decides are counted as ties, and torch certifies the mask with them.
     """
     out = Path(out)
     draft = Draft.make(classifier, masker, predicate or Predicate(), background, seed)
@@ -163,12 +160,7 @@ class Draft:
     ) -> Draft:
         backgrounds = make_backgrounds(classifier, masker, background=background, seed=seed)
         target = classifier.target
-        if type(target) not in (Target, Binary):
-            raise RequestError(
-                f"an explainer file answers for the class with the highest score, not for '{target}'; load the "
-                "classifier without --target"
-            )
-        plan = make_plan(predicate, str(target))
+        plan = make_plan(predicate, str(target), number_of(target))
         return cls(classifier, masker, predicate, backgrounds, background, seed, plan)
 
     def networks(self) -> tuple[onnx.ModelProto, onnx.ModelProto]:
@@ -179,10 +171,9 @@ class Draft:
 
     def torch(self, pixels: np.ndarray) -> Explanation:
         """The torch path's explanations of uint8 images [N,H,W,C]."""
-        x = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float().div_(255)
         return explain(
             self.classifier,
-            x,
+            _floats(pixels),
             self.masker,
             predicate=self.predicate,
             effort="fast",
@@ -209,15 +200,16 @@ class Draft:
         """The explainer's file, what it finds, and how that compares with torch. RequestError where float32 differs."""
         graph = self._graph(networks)
         about = self.about(precision)
-        found = _run(_file(graph, about), pixels)
-        parity = self._parity(found, reference)
+        explainer = opened(finished(graph, about))
+        found = Explained.join(list(explainer.stream(list(pixels))))
+        parity = self._parity(found, reference, explainer if precision == "float32" else None)
         if precision == "float32" and not parity.exact:
             raise RequestError(
                 f"ONNX Runtime does not give torch's answers, so nothing is written: {parity}; "
                 "check on other images with --data, or report the model"
             )
-        extra = dict(about.extra) | {"parity": asdict(parity), "selftest": _selftest(found)}
-        return _file(graph, replace(about, extra=extra)), found, parity
+        extra = dict(about.extra) | {"parity": asdict(parity), "selftest": selftest_rows(found)}
+        return finished(graph, replace(about, extra=extra)), found, parity
 
     def _graph(self, networks: tuple[onnx.ModelProto, onnx.ModelProto]) -> onnx.ModelProto:
         masker, classifier = networks
@@ -227,13 +219,14 @@ class Draft:
         return explainer_graph(masker, classifier, self.plan, pictures, self.classifier.input_shape[1:])
 
     def _empty(self, classifier: onnx.ModelProto) -> np.ndarray:
-        """Class probabilities [K] of the default background alone, as the exported network gives them."""
+        """Numbers [K] of the default background alone, as the exported network gives them: probabilities of classes."""
         session = open_session(classifier.SerializeToString(), "cpu", 1, "the classifier")
         colour = self.backgrounds.default(torch.zeros(1))
         blank = colour.expand(2, *self.classifier.input_shape).numpy()
-        scores = session.run(None, {"x": np.ascontiguousarray(blank)})[0][0].astype(np.float64)
-        values = np.exp(scores - scores.max())
-        return (values / values.sum()).astype(np.float32)
+        scores = torch.from_numpy(session.run(None, {"x": np.ascontiguousarray(blank)})[0][0]).double()
+        of = "softmax" if self.plan.number is None else self.plan.number.of
+        values = {"softmax": scores.softmax(0), "sigmoid": scores.sigmoid(), "scores": scores}[of]
+        return values.float().numpy()
 
     def about(self, precision: str) -> About:
         """Everything a reader or a runtime wants to know, but for the check's outcome."""
@@ -245,11 +238,12 @@ class Draft:
             "effort": "fast",
             "seed": self.seed,
             "precision": precision,
+            "threshold": self.plan.threshold,
         }
         colour = self.backgrounds.default(torch.zeros(1)).reshape(-1).tolist()
         return About(
             format=EXPLAINER,
-            fingerprint=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
+            fingerprint=fingerprint_of(identity),
             preprocessing=self.classifier.preprocessing,
             class_names=self.classifier.class_names,
             families=self.plan.families,
@@ -259,29 +253,60 @@ class Draft:
             threshold=self.plan.threshold,
             background=tuple(colour),
             precision=precision,
+            explained=self._explained(),
             extra={
                 "model": type(self.classifier.model).__name__,
                 "identity": identity,
+                "kept": str(self.classifier.target),
                 "plan": asdict(self.plan),
                 "versions": {"minexp": __version__, "torch": torch.__version__, "onnx": onnx.__version__},
             },
         )
 
-    def _parity(self, found: Explained, reference: Explanation) -> Parity:
-        p = torch.cat([self.masker.probabilities(part) for part in reference.x.split(32)])
-        return compare(
-            found.masks,
-            found.certificates,
-            found.probabilities,
-            reference.masks.cpu().numpy(),
-            reference.certificates,
-            p[:, 0].cpu().numpy(),
+    def _explained(self) -> str | None:
+        """The name of the number that is explained, the same of every image."""
+        if self.plan.number is None:
+            return None
+        return self.classifier.target.name(
+            torch.zeros(len(self.classifier.class_names)), self.classifier.class_names
         )
+
+    def _parity(self, found: Explained, reference: Explanation, explainer: Explainer | None) -> Parity:
+        """explainer: where given, masks of its that differ from torch's by rounding are certified by torch."""
+        p = self._probabilities(reference.x)
+        masks, certificates = reference.masks.cpu().numpy().copy(), list(reference.certificates)
+        ties = 0
+        for b in np.flatnonzero((masks != found.masks).any((1, 2))) if explainer is not None else ():
+            assert explainer is not None
+            if tied(p[b], found.probabilities[b], masks[b], found.masks[b], self.plan.threshold):
+                ties += int((masks[b] != found.masks[b]).sum())
+                attempt = int(explainer.run(found.images[b : b + 1])["attempt"][0])
+                masks[b] = found.masks[b]
+                certificates[b] = self._certified(
+                    reference.x[b : b + 1], masks[b], attempt, found.certificates[b]
+                )
+        return compare(
+            found.masks, found.certificates, found.probabilities, masks, certificates, p, ties=ties
+        )
+
+    def _certified(self, x: Tensor, mask: np.ndarray, attempt: int, certificate: Certificate) -> Certificate:
+        """torch's certificate of the mask [H,W] that the runtime found for one image."""
+        judge, x, logits = bind(
+            self.classifier, x, self.masker, predicate=self.predicate, backgrounds=self.backgrounds
+        )
+        with self.classifier.frozen():
+            given = torch.from_numpy(mask)[None, None].to(x.device)
+            return certify_again(judge, x, logits, given, attempt, certificate)
+
+    def _probabilities(self, x: Tensor) -> np.ndarray:
+        """The masker's in torch, [N,H,W]."""
+        p = torch.cat([self.masker.probabilities(part) for part in x.split(32)])
+        return p[:, 0].cpu().numpy()
 
     def masker_file(self, network: onnx.ModelProto, pixels: np.ndarray | None) -> bytes:
         """masker.onnx: image → probabilities and mask, for any size, without a classifier; compared on ``pixels``."""
         graph = masker_graph(network, self.classifier.input_shape[0], self.plan.threshold)
-        content = _file(graph, replace(self.about("float32"), format=MASKER))
+        content = finished(graph, replace(self.about("float32"), format=MASKER))
         if pixels is not None and (flips := self._flips(content, pixels)):
             raise RequestError(
                 f"masker.onnx flips {flips} mask pixels of {len(pixels)} images against torch, so nothing is written"
@@ -289,64 +314,23 @@ class Draft:
         return content
 
     def _flips(self, content: bytes, pixels: np.ndarray) -> int:
-        """Mask pixels in which masker.onnx differs from torch."""
+        """Mask pixels in which masker.onnx differs from torch by more than the rounding of a probability."""
         session = open_session(content, "cpu", 1, "masker.onnx")
-        bits = session.run(["mask_bits"], {"image": np.ascontiguousarray(pixels)})[0]
-        x = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float().div_(255)
-        p = torch.cat([self.masker.probabilities(part) for part in x.split(32)])
+        other, bits = session.run(["prob", "mask_bits"], {"image": np.ascontiguousarray(pixels)})
+        p = self._probabilities(_floats(pixels))
         masks = np.stack([unpack_mask(row.tobytes(), *pixels.shape[1:3]) for row in bits])
-        return int((masks != (p[:, 0] > self.plan.threshold).numpy()).sum())
+        flips = masks != (p > self.plan.threshold)
+        return int((flips & (np.abs(p - other) > MOST * self.plan.threshold)).sum())
 
 
-def _opened(content: bytes) -> Explainer:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "explainer.onnx"
-        path.write_bytes(content)
-        return Explainer(path, trusted=True)
-
-
-def _run(content: bytes, pixels: np.ndarray) -> Explained:
-    """What the file gives for uint8 images, a batch at a time."""
-    return Explained.join(list(_opened(content).stream(list(pixels))))
+def _floats(pixels: np.ndarray) -> Tensor:
+    """uint8 [N,H,W,C] → float [N,C,H,W] in [0,1]."""
+    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float().div_(255)
 
 
 def _speedup(one: bytes, other: bytes, pixels: np.ndarray) -> float:
     """How many times as fast the other file explains these images; the two take turns."""
-    explainers = [_opened(one), _opened(other)]
+    explainers = [opened(one), opened(other)]
     times = [[explainer.explain(pixels).milliseconds for explainer in explainers] for _ in range(6)]
     slow, fast = np.median(times[1:], axis=0)
     return float(slow / fast)
-
-
-def _selftest(found: Explained) -> list[dict[str, Any]]:
-    """A few pictures with what was found of them, so that a runtime elsewhere can be held to it."""
-    rows = []
-    for place in range(min(SELFTEST, len(found))):
-        image, certificate = found.images[place], found.certificates[place]
-        file = io.BytesIO()
-        Image.fromarray(image[..., 0] if image.shape[2] == 1 else image).save(file, "PNG", optimize=True)
-        row = found.rows()[place]
-        names = (
-            "label",
-            "conf",
-            "conf_masked",
-            "area",
-            "robust_train",
-            "evaluations",
-            "mask_crc32",
-            "status",
-        )
-        rows.append(
-            {"png": base64.b64encode(file.getvalue()).decode(), **{name: row[name] for name in names}}
-        )
-        assert certificate.label == row["label"]
-    return rows
-
-
-def _file(graph: onnx.ModelProto, about: About) -> bytes:
-    model = onnx.ModelProto()
-    model.CopyFrom(graph)
-    model.producer_name, model.producer_version = "minexp", __version__
-    onnx.helper.set_model_props(model, about.to_metadata())
-    onnx.checker.check_model(model)
-    return sealed(model.SerializeToString(deterministic=True))

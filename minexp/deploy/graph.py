@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import onnx
 
-from .ops import argument, build, call, where
-from .pictures import Pictures, packed, pixels
+from .ops import argument, build, call, setting
+from .pictures import Pictures, masked, packed, pixels
 from .plan import Plan
 from .stages import Stages
 
@@ -15,9 +15,9 @@ def masker_graph(masker: onnx.ModelProto, channels: int, threshold: float) -> on
     """image uint8 [batch,height,width,C] → prob [batch,height,width], mask_bits, explanation (removed pixels black)."""
     image = argument(np.uint8, "batch", "height", "width", channels)
     prob = call(masker, pixels(image)).sigmoid().squeeze(1)
-    kept = prob > threshold
+    kept = prob > setting("minexp.threshold", np.float32(threshold))
     outputs = {"prob": prob, "mask_bits": packed(kept.reshape(0, -1))}
-    outputs["explanation"] = where(kept.unsqueeze(3), image, 0)
+    outputs["explanation"] = masked(kept, image, np.zeros(channels, np.uint8))
     shapes = {"prob": ("height", "width"), "mask_bits": ("bytes",)}
     return build({"image": image}, outputs, shapes | {"explanation": ("height", "width", channels)})
 

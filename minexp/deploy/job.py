@@ -130,14 +130,25 @@ def recompute(directory: str | Path, explainer: Explainer, rows: int, *, batch: 
                     yield f"id {row['id']!r}: {difference}"
 
 
+def selftest_images(explainer: Explainer) -> list[Pixels]:
+    """The pictures that travel with an explainer, [H,W,C] each. Raises RequestError where they cannot be read."""
+    settings = explainer.about.preprocessing
+    try:
+        files = [base64.b64decode(row["png"]) for row in explainer.about.extra.get("selftest") or []]
+        return [settings.pixels(decode_image(io.BytesIO(file))) for file in files]
+    except (KeyError, TypeError, ValueError, RequestError) as error:
+        raise RequestError(
+            f"{explainer.path}: its own pictures cannot be read ({error}); export it again"
+        ) from error
+
+
 def selftest(explainer: Explainer) -> tuple[int, list[str]]:
     """Explain the pictures that travel with an explainer: their number, and one line for each that differs."""
     rows = explainer.about.extra.get("selftest") or []
     problems = []
-    for number, wanted in enumerate(rows):
+    for number, (wanted, image) in enumerate(zip(rows, selftest_images(explainer), strict=True)):
         try:
-            picture = decode_image(io.BytesIO(base64.b64decode(wanted["png"])))
-            new = explainer.explain(explainer.about.preprocessing.pixels(picture)[None]).rows()[0]
+            new = explainer.explain(image[None]).rows()[0]
             names = ("label", "status", "mask_crc32", "evaluations")
             found = [
                 f"{name} {wanted[name]} is {new[name]} here" for name in names if wanted[name] != new[name]

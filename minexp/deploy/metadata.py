@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,7 @@ class About:
     background: tuple[float, ...]
     precision: str
     extra: Mapping[str, Any]
+    explained: str | None = None
 
     def to_metadata(self) -> dict[str, str]:
         """Key → JSON, as it goes into the model."""
@@ -52,6 +53,7 @@ class About:
             "threshold": self.threshold,
             "background": list(self.background),
             "precision": self.precision,
+            "explained": self.explained,
             **self.extra,
         }
         return {f"minexp.{key}": json.dumps(value) for key, value in fields.items()}
@@ -65,7 +67,7 @@ class About:
                 for key, value in entries.items()
                 if key.startswith("minexp.") and key != _SEAL
             }
-            rho = fields.pop("rho")
+            rho, explained = fields.pop("rho"), fields.pop("explained", None)
             return cls(
                 format=str(fields.pop("format")),
                 fingerprint=str(fields.pop("fingerprint")),
@@ -79,6 +81,7 @@ class About:
                 background=tuple(map(float, fields.pop("background"))),
                 precision=str(fields.pop("precision")),
                 extra=fields,
+                explained=None if explained is None else str(explained),
             )
         except _UNREADABLE as error:
             why = f"{type(error).__name__}: {str(error)[:200]}"
@@ -92,6 +95,22 @@ _UNREADABLE = (
     *(KeyError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError),
     RequestError,
 )
+
+
+def fingerprint_of(identity: Mapping[str, Any]) -> str:
+    """Of the job that an explainer stands for."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def read_about(content: bytes, entries: Mapping[str, str], path: object, formats: Sequence[str]) -> About:
+    """The metadata of a file of one of these formats, with its seal. Raises RequestError."""
+    if entries.get("minexp.format") not in [f'"{name}"' for name in formats]:
+        raise RequestError(
+            f"{path} is an ONNX model but no explainer ({formats[0]}): write one with `minexp export`"
+        )
+    if not seal_holds(content):
+        raise RequestError(f"{path}: its content does not match its checksum: it is damaged; export it again")
+    return About.from_metadata(entries, path)
 
 
 def sealed(model: bytes) -> bytes:

@@ -262,10 +262,10 @@
     const [low, high] = r.train.interval;
     const text = `keeps ${percent(r.area)} of the pixels · p ${r.conf.toFixed(2)} → ${r.confMasked.toFixed(2)} · robust ` +
       `${r.train.share.toFixed(2)} [${low.toFixed(2)}, ${high.toFixed(2)}] · held-out ${r.held.share.toFixed(2)} · ${r.milliseconds.toFixed(0)} ms`;
-    say(text, about.classes[r.label], r.certified ? ["ok", "certified: " + about.predicate] : ["no", "not certified"]);
+    say(text, (about.explained ?? about.classes[r.label]), r.certified ? ["ok", "certified: " + about.predicate] : ["no", "not certified"]);
     byId("value").textContent = r.certified ? "certified" : "not certified";
     const rows = [
-      ["class", about.classes[r.label]],
+      ["class", (about.explained ?? about.classes[r.label])],
       ["predicate", about.predicate],
       ["p(class | image)", r.conf.toFixed(4)], ["p(class | kept)", r.confMasked.toFixed(4)],
       ["p(class | rest)", r.confComplement.toFixed(4)], ["p(class | nothing)", r.confEmpty.toFixed(4)],
@@ -290,7 +290,7 @@
     const area = mask.reduce((a, b) => a + b, 0) / mask.length;
     byId("value").textContent = `p > ${threshold.toFixed(2)}`;
     paint(mask);
-    say(`keeps ${percent(area)} of the pixels at this threshold · asking the classifier…`, about.classes[r.label]);
+    say(`keeps ${percent(area)} of the pixels at this threshold · asking the classifier…`, (about.explained ?? about.classes[r.label]));
     const kept = Uint8Array.from(shown.pixels, (value, i) => (mask[Math.floor(i / channels)] ? value : colour[i % channels]));
     await new Promise((done) => setTimeout(done, 60));
     if (ticket !== latest || shown.busy) return;
@@ -298,10 +298,17 @@
     const out = await run(kept).finally(() => { shown.busy = false; });
     if (ticket !== latest) return;
     const label = Number(out.label.data[0]);
-    const same = label === r.label;
-    say(`keeps ${percent(area)} of the pixels at this threshold, no certificate`, about.classes[r.label],
-      same ? ["ok", `class kept, p ${out.conf.data[0].toFixed(2)}`] : ["no", `class lost to ${about.classes[label]}`]);
+    const same = about.number ? stays(about.number, r.conf, out.conf.data[0]) : label === r.label;
+    const lost = about.number ? `lost, ${out.conf.data[0].toFixed(2)} of ${r.conf.toFixed(2)}` : `class lost to ${about.classes[label]}`;
+    say(`keeps ${percent(area)} of the pixels at this threshold, no certificate`, (about.explained ?? about.classes[r.label]),
+      same ? ["ok", `class kept, p ${out.conf.data[0].toFixed(2)}`] : ["no", lost]);
     document.body.dataset.slide = JSON.stringify({ threshold, area, label, same });
+  }
+
+  // as minexp/deploy/stages.py decides it
+  function stays(number, whole, value) {
+    const slack = number.tolerance ?? (1 - number.keep) * Math.abs(whole);
+    return number.both_ways ? Math.abs(value - whole) <= slack : value >= whole - slack;
   }
 
   function restore() {

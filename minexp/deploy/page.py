@@ -72,6 +72,7 @@ def _about(about: About) -> dict[str, object]:
     """What the page's script has to know."""
     return {
         "classes": about.class_names,
+        "explained": about.explained,
         "preprocessing": about.preprocessing.to_json(),
         "background": about.background,
         "families": about.families,
@@ -79,6 +80,7 @@ def _about(about: About) -> dict[str, object]:
         "rho": about.rho,
         "predicate": about.predicate,
         "threshold": about.threshold,
+        "number": (about.extra.get("plan") or {}).get("number"),
         "examples": [row["png"] for row in about.extra.get("selftest") or ()],
     }
 

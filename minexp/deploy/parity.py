@@ -21,6 +21,8 @@ class Parity:
     mask_flips: pixels that are in one mask and not in the other; max_abs: the largest difference of a probability;
     labels: images of another class; certificates: images whose certificate differs in anything else, be it a count, a
     verdict, or a probability by more than 1e-4. worst: the fields that differ, with how many images each.
+    mask_ties: pixels besides, whose side of a mask's level the rounding of float32 decides (`minexp.deploy.ties`); the
+    certificates of these masks are compared with those that torch gives the same masks.
     """
 
     images: int
@@ -30,6 +32,7 @@ class Parity:
     labels: int
     certificates: int
     worst: dict[str, int]
+    mask_ties: int = 0
 
     @property
     def exact(self) -> bool:
@@ -42,6 +45,11 @@ class Parity:
             f"{self.mask_flips} mask pixels flipped, probabilities off by up to {self.max_abs:.1e}, "
             f"{self.labels} labels and {self.certificates} certificates of {self.images} differ"
             + (f" ({worst})" if worst else "")
+            + (
+                f"; {self.mask_ties} pixels lie on their mask's level up to rounding"
+                if self.mask_ties
+                else ""
+            )
         )
 
 
@@ -52,8 +60,13 @@ def compare(
     other_masks: npt.NDArray[np.bool_],
     other_certificates: Sequence[Certificate],
     other_probabilities: npt.NDArray[np.floating],
+    *,
+    ties: int = 0,
 ) -> Parity:
-    """Parity of masks bool [N,H,W], their certificates, and the masker's probabilities [N,H,W]."""
+    """Parity of masks bool [N,H,W], their certificates, and the maskers' probabilities [N,H,W].
+
+    ties: pixels set aside before, as `Parity.mask_ties`.
+    """
     worst: dict[str, int] = {}
     furthest = float(np.abs(probabilities - other_probabilities).max())
     differing = 0
@@ -73,6 +86,7 @@ def compare(
         labels=sum(one.label != other.label for one, other in pairs),
         certificates=differing,
         worst=dict(sorted(worst.items(), key=lambda item: -item[1])),
+        mask_ties=ties,
     )
 
 

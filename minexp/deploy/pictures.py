@@ -16,7 +16,7 @@ class Pictures:
 
     colour: [C] in [0,1], what removed pixels become by default. drawn: uint8 [N,C,H,W]; first: where the draws of
     (purpose, family) begin in it. blur: matrices [POOL,H,H] and [POOL,W,W] that blur rows and columns, one pair a
-    draw. empty: class probabilities [K] of the default background alone.
+    draw. empty: numbers [K] of the default background alone, one a class.
     """
 
     colour: npt.NDArray[np.float32]
@@ -34,7 +34,18 @@ def pixels(image: Value) -> Value:
 def packed(mask: Value) -> Value:
     """Bits of masks [B,N] from the most significant on: uint8 [B, ⌈N/8⌉]."""
     bits = pad_columns(mask.cast(np.float32), 8).reshape(0, -1, 8)
-    return (bits @ constant(2.0 ** np.arange(7, -1, -1, dtype=np.float32))).cast(np.uint8)
+    weights = 2.0 ** np.arange(7, -1, -1, dtype=np.float32)
+    return (bits @ constant(weights[:, None])).squeeze(2).cast(np.uint8)  # one product for the whole batch
+
+
+def masked(kept: Value, image: Value, colour: npt.NDArray[np.uint8]) -> Value:
+    """image uint8 [B,H,W,C] with the pixels that kept, bool [B,H,W], leaves out in a colour [C].
+
+    As matrix products: ONNX Runtime is slow where the innermost side of what is chosen by differs.
+    """
+    inside = kept.cast(np.float32).unsqueeze(3)
+    shown = image.cast(np.float32) * (inside @ constant(np.ones((1, len(colour)), np.float32)))
+    return (shown + (inside * -1 + 1) @ constant(colour[None].astype(np.float32))).cast(np.uint8)
 
 
 def area(mask: Value) -> Value:
@@ -42,20 +53,24 @@ def area(mask: Value) -> Value:
     return mask.cast(np.float32).sum(1).cast(np.int64)
 
 
-def draw_numbers(image: Value, count: int) -> Value:
-    """An image's own first draw [B], as in `minexp.backgrounds.draw_numbers`; count: values of one image."""
-    values = image.transpose(0, 3, 1, 2).cast(np.int64).reshape(0, -1)
-    return (values * constant(np.arange(count) * 40503 % 65521)).sum(1) % 2**31
+def draw_numbers(image: Value, shape: tuple[int, int, int]) -> Value:
+    """An image's own first draw [B], as in `minexp.backgrounds.draw_numbers`; shape (C,H,W).
+
+    A product in float64, where sums of up to 5e8 bytes are exact.
+    """
+    weights = (np.arange(np.prod(shape)) * 40503 % 65521).reshape(shape).transpose(1, 2, 0)
+    column = constant(weights.reshape(-1, 1).astype(np.float32)).cast(np.float64)
+    return (image.reshape(0, -1).cast(np.float64) @ column).squeeze(1).cast(np.int64) % 2**31
 
 
-def local_order(p: Value, threshold: float, size: tuple[int, int]) -> Value:
+def local_order(p: Value, threshold: Value, size: tuple[int, int]) -> Value:
     """`minexp.repair.local_order`, its moving average as two matrix products: far fewer operations on large images."""
     side = 2 * max(1, min(size) // 8) + 1
     rows, columns = (_average(n, side) for n in size)
     around = p
     for _ in range(2):
         around = constant(rows) @ around @ constant(columns.T.copy())
-    return where(p > threshold, p, (p + around) * threshold / (1 + threshold))
+    return where(p > threshold, p, (p + around) * threshold / (threshold + 1))
 
 
 def _average(n: int, side: int) -> npt.NDArray[np.float32]:

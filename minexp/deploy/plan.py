@@ -5,8 +5,11 @@ Made from the torch path's own objects and constants, and all that the explainer
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+import numpy as np
 
 from ..families import POOL, RANDOM
 from ..intervals import wilson
@@ -38,13 +41,28 @@ class Sets:
 
 
 @dataclass(frozen=True)
+class Number:
+    """One number of an image that has to stay, in place of the class with the highest score.
+
+    of: what becomes of the scores before ``column`` is taken. keep: the share of the whole image's number that has to
+    be left, or tolerance: by how much it may fall; where ``both_ways``, it may rise by no more either.
+    """
+
+    column: int
+    of: Literal["softmax", "sigmoid", "scores"]
+    keep: float
+    tolerance: float | None = None
+    both_ways: bool = False
+
+
+@dataclass(frozen=True)
 class Plan:
     """The search for a mask and its certificate.
 
     kind, rho, tau, dilated: the predicate's. sets: its random backgrounds, at the first attempt and at each
     enlargement. fresh: draws a family in the certificate, of ``families``. wave: evaluations of an image asked at
     once. threshold: of the probabilities; start, growth, bisections, enlarge, hints: of the repair (`minexp.repair`).
-    text: the predicate in words.
+    text: the predicate in words. number: what is explained where it is not the class with the highest score.
     """
 
     kind: Literal["top1", "score", "robust"]
@@ -62,6 +80,25 @@ class Plan:
     enlarge: float
     hints: bool
     text: str
+    number: Number | None = None
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Plan:
+        """What `dataclasses.asdict` made of a plan. Raises TypeError or KeyError for anything else."""
+        sets = tuple(Sets(**one) for one in fields["sets"])
+        number = None if fields["number"] is None else Number(**fields["number"])
+        return cls(**{**fields, "sets": sets, "families": tuple(fields["families"]), "number": number})
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The constants of the graph that may be set to other values once it is written, by name."""
+        given: dict[str, Any] = {"minexp.threshold": np.float32(self.threshold)}
+        if self.kind == "score":
+            given["minexp.tau"] = np.float32(self.tau)
+        if self.kind == "robust":
+            given["minexp.misses"] = np.array([[sets.misses] for sets in self.sets], np.float32)
+            given["minexp.needed"] = np.int64(self.needed)
+        return given
 
     @property
     def plain(self) -> tuple[Check, ...]:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from ..certificate import Certificate, Measured, write_certificate
 from ..data.store import unpack_mask
 from ..errors import MinexpError, RequestError
-from .metadata import EXPLAINER, About, seal_holds
+from .metadata import EXPLAINER, read_about
 from .trial import try_model
 from .untrusted import read_model
 
@@ -90,15 +90,7 @@ class Explainer:
     ) -> None:
         self.path, self.provider, self.threads = Path(path), provider, threads
         content, metadata = read_model(self.path)
-        if metadata.get("minexp.format") != f'"{EXPLAINER}"':
-            raise RequestError(
-                f"{self.path} is an ONNX model but no explainer ({EXPLAINER}): write one with `minexp export`"
-            )
-        if not seal_holds(content):
-            raise RequestError(
-                f"{self.path}: its content does not match its checksum: it is damaged; export it again"
-            )
-        self.about = About.from_metadata(metadata, self.path)
+        self.about = read_about(content, metadata, self.path, (EXPLAINER,))
         if not trusted:
             try_model(self.path, provider=provider)
         self.session = open_session(content, provider, threads, self.path)
@@ -132,7 +124,7 @@ class Explainer:
         draws = len(self.about.families) * self.about.fresh
         wanted: dict[str, tuple[str, list[int]]] = {
             **{name: ("tensor(int64)", []) for name in ("label", "label_masked", "attempt", "evaluations")},
-            **{name: ("tensor(bool)", []) for name in ("holds", "certified", "dilation_kept")},
+            **{name: ("tensor(bool)", []) for name in ("kept", "holds", "certified", "dilation_kept")},
             **{name: ("tensor(float)", []) for name in _FLOATS},
             "kept_on": ("tensor(bool)", [draws]),
             "mask_bits": ("tensor(uint8)", [-(-h * w // 8)]),
@@ -178,7 +170,7 @@ class Explainer:
         return dict(zip(names, binding.copy_outputs_to_cpu(), strict=True))
 
     def explain(self, images: Pixels) -> Explained:
-        """Explain the top class of uint8 images [B,H,W,C] of the explainer's own size.
+        """Explain the class of uint8 images [B,H,W,C] of the explainer's own size.
 
         `about.preprocessing.pixels` brings an image of any size to it. Raises MinexpError for scores that are not
         finite.
@@ -209,13 +201,13 @@ class Explainer:
         measured = Measured(
             mask=masks[place],
             label=int(one["label"]),
-            label_name=about.class_names[int(one["label"])],
+            label_name=about.explained or about.class_names[int(one["label"])],
             conf=float(one["conf"]),
             label_masked=int(one["label_masked"]),
             conf_masked=float(one["conf_masked"]),
             conf_complement=float(one["conf_complement"]),
             conf_empty=float(one["conf_empty"]),
-            kept=int(one["label_masked"]) == int(one["label"]),
+            kept=bool(one["kept"]),
             dilation_kept=bool(one["dilation_kept"]),
             holds=bool(one["holds"]),
             threshold=float(one["threshold"]),

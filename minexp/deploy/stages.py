@@ -13,9 +13,9 @@ import onnx
 
 from ..families import FROM_IMAGE, POOL, RANDOM
 from .checks import Table, Verdict
-from .ops import Value, call, choose, constant, loop, where
-from .pictures import Pictures, area, draw_numbers, local_order, packed, pixels
-from .plan import DEFAULT, Plan
+from .ops import Value, call, choose, concat, constant, loop, setting, where
+from .pictures import Pictures, area, draw_numbers, local_order, masked, packed, pixels
+from .plan import DEFAULT, Number, Plan
 
 # What an image waits for; a bisection is BISECT + its number.
 IMAGE, FIRST, WHOLE, GROW, CERTIFY, DONE, BISECT = range(7)
@@ -71,24 +71,28 @@ class Stages:
     ) -> None:
         self.plan, self.pictures, self.size, self.image = plan, pictures, size, image
         self.classifier = classifier
+        self.settings = {name: setting(name, value) for name, value in plan.settings.items()}
+        self.threshold = self.settings["minexp.threshold"]
         self.table = Table(plan, pictures)
         self.x = pixels(image)
         self.p = call(masker, self.x).sigmoid()
-        self.start = draw_numbers(image, size[0] * size[1] * len(pictures.colour))
-        self.blurred = self._blurred() if self.table.where(background=FROM_IMAGE[0]).any() else None
+        self.start = draw_numbers(image, (len(pictures.colour), *size))
 
     def outputs(self) -> dict[str, Value]:
         h, w = self.size
         last = _State.of(loop(self._turn, self._begin().values(), self._bound))
         first = self.table.certificate
-        kept = last.mask.reshape(0, h, w)
+        whole, number = last.prob.take(self.table.image, axis=1), self.plan.number
+        same = last.kept_top.equals(last.label)
+        kept = same if number is None else _stays(number, whole, last.kept_prob)
         drawn = last.outcome.columns(self.table.fresh_draws, len(self.table)).equals(1)
         colour = np.round(self.pictures.colour * 255).astype(np.uint8)
         return {
             "label": last.label,
-            "conf": last.prob.take(self.table.image, axis=1),
+            "conf": whole,
             "label_masked": last.kept_top,
             "conf_masked": last.kept_prob,
+            "kept": kept,
             "conf_complement": last.prob.take(first, axis=1),
             "conf_empty": constant(self.pictures.empty).take(last.label),
             "dilation_kept": last.outcome.take(first + 1, axis=1).equals(1),
@@ -102,7 +106,7 @@ class Stages:
             "evaluations": last.spent,
             "mask_bits": packed(last.mask),
             "prob": self.p.squeeze(1),
-            "explanation": where(kept.unsqueeze(3), self.image, constant(colour)),
+            "explanation": masked(last.mask.reshape(0, h, w), self.image, colour),
         }
 
     def _share(self, drawn: Value, families: list[str]) -> Value:
@@ -123,10 +127,10 @@ class Stages:
         zero = self.start * 0
         flag, real = zero > 0, zero.cast(np.float32)
         table = zero.unsqueeze(1) + constant(np.zeros((1, len(self.table)), np.int64))
-        order = local_order(self.p, self.plan.threshold, self.size).reshape(-1, self.size[0] * self.size[1])
+        order = local_order(self.p, self.threshold, self.size).reshape(-1, self.size[0] * self.size[1])
         names = ("stage", "turn", "attempt", "low", "high", "size", "label", "spent", "kept_top")
         values = dict.fromkeys(names, zero) | {"holds": ~flag, "certified": flag}
-        values |= {"threshold": real, "kept_prob": real, "mask": order > self.plan.threshold, "order": order}
+        values |= {"threshold": real, "kept_prob": real, "mask": order > self.threshold, "order": order}
         values |= {
             "ranked": order.sort_descending(self.size[0] * self.size[1]),
             "outcome": table - 1,
@@ -140,11 +144,15 @@ class Stages:
         state = _State.of(list(carried))
         asked = self._asked(state)
         self._evaluate(state, asked)
-        verdict = Verdict(self.plan, self.table, state.outcome, state.attempt)
+        verdict = self._verdict(state)
         known = ~self._open(state, verdict).any(1).squeeze(1) & ~state.stage.equals(DONE)
         state.turn = where(known, 0, state.turn + 1)
         self._move_on(state, known, verdict)
         return (~state.stage.equals(DONE)).any(0), state.values()
+
+    def _verdict(self, state: _State) -> Verdict:
+        allowed = self.settings.get("minexp.misses")
+        return Verdict(self.plan, self.table, state.outcome, state.attempt, allowed)
 
     def _open(self, state: _State, verdict: Verdict) -> Value:
         """Which checks [B,columns] can still decide the stage an image is in."""
@@ -160,7 +168,7 @@ class Stages:
         """The wave's (image, check) pairs [n,2]: of each image the most urgent open checks."""
         plan, count = self.plan, min(self.plan.wave, len(self.table))
         stage = state.stage
-        verdict = Verdict(plan, self.table, state.outcome, state.attempt)
+        verdict = self._verdict(state)
         open_ = self._open(state, verdict)
         # in their order, from the mask on the default background on
         order = constant(Table.kept - np.arange(len(self.table), dtype=np.float32)[None])
@@ -180,54 +188,85 @@ class Stages:
     def _evaluate(self, state: _State, asked: Value) -> None:
         """Ask the classifier about (image, check) pairs [n,2] and note the answers."""
         table = self.table
+        asked, shown = self._shown(state, asked)
         image, check = asked.take(0, axis=1), asked.take(1, axis=1)
-        scores = call(self.classifier, self._shown(state, image, check))
-        top = scores.argmax(1)
-        label = where(check.equals(table.image), top, state.label.take(image))
-        prob = scores.softmax(1).take_along(label.unsqueeze(1)).squeeze(1)
-        passed = top.equals(label)
+        scores = call(self.classifier, shown)
+        if self.plan.number is None:
+            top = scores.argmax(1)
+            label = where(check.equals(table.image), top, state.label.take(image))
+            prob = scores.softmax(1).take_along(label.unsqueeze(1)).squeeze(1)
+            passed = top.equals(label)
+        else:
+            number = self.plan.number
+            values = {
+                "softmax": lambda: scores.softmax(1),
+                "sigmoid": scores.sigmoid,
+                "scores": lambda: scores,
+            }
+            prob, top = values[number.of]().take(number.column, axis=1), image * 0 + number.column
+            passed = _stays(number, state.prob.take(table.image, axis=1).take(image), prob)
         if self.plan.kind == "score":
             predicate = constant(table.only(1, table.certificate)).take(check)
-            passed = (predicate & (prob >= self.plan.tau)) | (~predicate & passed)
+            passed = (predicate & (prob >= self.settings["minexp.tau"])) | (~predicate & passed)
         state.outcome = state.outcome.put(asked, passed.cast(np.int64))
         state.top, state.prob = state.top.put(asked, top), state.prob.put(asked, prob)
         named = state.stage.equals(IMAGE)
         state.label = where(named, state.top.take(table.image, axis=1), state.label)
 
-    def _shown(self, state: _State, image: Value, check: Value) -> Value:
-        """What the classifier is shown for pairs of image [n] and check [n]: [n,C,H,W]."""
-        table, (h, w) = self.table, self.size
+    def _shown(self, state: _State, asked: Value) -> tuple[Value, Value]:
+        """Pairs of image and check [n,2] in another order, and what the classifier is shown for each: [n,C,H,W].
 
-        def column(values: npt.NDArray) -> Value:
-            return constant(values).take(check)
-
-        number = state.attempt.take(image) * self.plan.fresh + column(table.number)
-        drawn = where(column(table.fresh), (self.start.take(image) + number) % POOL, column(table.number))
-        pictures = constant(self.pictures.drawn).take(column(table.row) + drawn).cast(np.float32) / 255
-        masks = state.mask.reshape(-1, 1, h, w)
-
-        def usual() -> list[Value]:
-            return [masks.take(image), pictures]
-
-        def special() -> list[Value]:
-            """Checks on the plain colour or a blurred image, or that show something else than the mask: few."""
-            shown = masks.take(image)
-            wide = (masks.cast(np.float32).max_pool(3) > 0).take(image)
-            for value, other in (("dilated", wide), ("complement", ~shown), ("image", shown | ~shown)):
-                shown = where(column(table.where(shown=value)).reshape(-1, 1, 1, 1), other, shown)
-            plain = column(table.where(background=DEFAULT)).reshape(-1, 1, 1, 1)
-            background = where(plain, constant(self.pictures.colour.reshape(1, -1, 1, 1)), pictures)
-            if self.blurred is None:
-                return [shown, background]
-            blur = column(table.where(background=FROM_IMAGE[0]))
-            blurred = self.blurred.at(_pairs(image, where(blur, number, 0)))
-            return [shown, where(blur.reshape(-1, 1, 1, 1), blurred, background)]
-
-        rare = table.where(background=DEFAULT) | table.where(background=FROM_IMAGE[0])
-        shown, background = choose(column(rare).any(0), special, usual)
-        kept, rest = shown.cast(np.float32), (~shown).cast(np.float32)
+        Pairs go together by what their background takes: the plain colour, a blur of the image, or a picture.
+        """
+        h, w = self.size
+        mask = state.mask.cast(np.float32).reshape(-1, 1, h, w)
         # products with 0 and 1 are exact, and faster than a choice
-        return self.x.take(image) * kept + background * rest
+        kept, rest = self.x * mask, (mask * -1 + 1) / 255
+
+        def plain(pairs: Value) -> Value:
+            """Few: the only ones that show anything but the mask."""
+            image, own = pairs.take(0, axis=1), mask.take(pairs.take(0, axis=1))
+            part = self._column(pairs, self.table.where(shown="mask"))
+            shown = own * part + own.max_pool(3) * self._column(pairs, self.table.where(shown="dilated"))
+            shown = shown + self._column(pairs, self.table.where(shown="image"))
+            shown = shown + (own * -1 + 1) * self._column(pairs, self.table.where(shown="complement"))
+            colour = constant(self.pictures.colour.reshape(1, -1, 1, 1))
+            return self.x.take(image) * shown + colour * (shown * -1 + 1)
+
+        def blurred(pairs: Value) -> Value:
+            image = pairs.take(0, axis=1)
+            rows, columns = (
+                constant(matrix).take(self._drawn(state, pairs)).unsqueeze(1) for matrix in self.pictures.blur
+            )
+            background = rows @ self.x.take(image) @ columns.transpose(0, 1, 3, 2)
+            return kept.take(image) + background * (mask * -1 + 1).take(image)
+
+        def pictured(pairs: Value) -> Value:
+            image, row = pairs.take(0, axis=1), constant(self.table.row).take(pairs.take(1, axis=1))
+            picture = constant(self.pictures.drawn).take(row + self._drawn(state, pairs))
+            return kept.take(image) + picture.cast(np.float32) * rest.take(image)
+
+        colour, blur = (self.table.where(background=name) for name in (DEFAULT, FROM_IMAGE[0]))
+        groups = ((colour, plain), (blur, blurred), (~(colour | blur), pictured))
+        none = np.zeros((0, *self.pictures.drawn.shape[1:]), np.float32)
+        ordered, parts = [], []
+        for members, show in groups:
+            chosen = constant(members).take(asked.take(1, axis=1))
+            pairs = asked.at(chosen.nonzero())
+            ordered.append(pairs)
+            parts += choose(chosen.any(0), lambda: [show(pairs)], lambda: [constant(none)])  # noqa: B023
+        return concat(ordered), concat(parts)
+
+    def _column(self, pairs: Value, members: npt.NDArray[np.bool_]) -> Value:
+        """[n,1,1,1]: 1 where the pair's check is one of these columns, else 0."""
+        return constant(members.astype(np.float32)).take(pairs.take(1, axis=1)).reshape(-1, 1, 1, 1)
+
+    def _drawn(self, state: _State, pairs: Value) -> Value:
+        """Which draw [n] of its family each pair's check asks for."""
+        image, check = pairs.take(0, axis=1), pairs.take(1, axis=1)
+        number = constant(self.table.number).take(check)
+        fresh = (self.start.take(image) + state.attempt.take(image) * self.plan.fresh + number) % POOL
+        return where(constant(self.table.fresh).take(check), fresh, number)
 
     # ------------------------------------------------------------ from stage to stage
 
@@ -273,7 +312,7 @@ class Stages:
         done = measured & ~again
         state.attempt = where(again, state.attempt + 1, state.attempt)
         self._prefer_mask(state, again)
-        above = (self.p > plan.threshold).reshape(0, -1)
+        above = (self.p > self.threshold).reshape(0, -1)
         least = self._grown(above, plan.start) if plan.start != 1 else area(above)
 
         size = where(grow, larger, state.size)
@@ -290,7 +329,7 @@ class Stages:
         reached = level.squeeze(1)
         if plan.start == 1:  # the masker's own mask
             own = tested & ok & state.attempt.equals(0)
-            reached = where(own, constant(np.float32(plan.threshold)), reached)
+            reached = where(own, self.threshold, reached)
         state.threshold = where(end, reached, state.threshold)
 
         nexts = ((begun | again, FIRST), (whole, WHOLE), (grow, GROW), (end, CERTIFY), (done, DONE))
@@ -338,14 +377,21 @@ class Stages:
         counted = self.table.only(self.table.fresh_draws, len(self.table))
         counted &= np.array([check.background in RANDOM for check in self.table.checks])
         hits = (constant(counted[None]) & state.outcome.equals(1)).cast(np.int64).sum(1)
-        return state.holds & (hits >= self.plan.needed)
+        needed = self.settings.get("minexp.needed")
+        return state.holds if needed is None else state.holds & (hits >= needed)
 
-    def _blurred(self) -> Value:
-        """The image under every blur its certificates may ask for: [B,draws,C,H,W]."""
-        slots = constant(np.arange(self.plan.fresh * len(self.plan.sets))[None])
-        picks = (self.start.unsqueeze(1) + slots) % POOL
-        rows, columns = (constant(matrix).take(picks).unsqueeze(2) for matrix in self.pictures.blur)
-        return rows @ self.x.unsqueeze(1) @ columns.transpose(0, 1, 2, 4, 3)
+
+def _stays(number: Number, whole: Value, value: Value) -> Value:
+    """Is the value [n] still that of the whole image, as the target means it?"""
+    if number.tolerance is None:
+        size = where(whole >= 0, whole, whole * -1)
+        slack = size * (1 - number.keep)
+    else:
+        slack = whole * 0 + number.tolerance
+    if not number.both_ways:
+        return value >= whole - slack
+    difference = value - whole
+    return where(difference >= 0, difference, difference * -1) <= slack
 
 
 def _pairs(first: Value, second: Value) -> Value:
