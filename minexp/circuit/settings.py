@@ -23,8 +23,8 @@ class Settings:
     mode: exact (nodes by pruning, edges by ablating their source), gradient (both to first order, from one forward
     and backward pass) or paper (as published). level: every layer, or the tapped stages alone (paper: always).
     rank_by: how nodes are ordered, in place of the mode's own way. ablation: what units outside become; None: mean
-    where there are reference images, else blank. metric: the figure a circuit has to keep; None: contrast, the logit
-    less that on images of other classes, where there are reference images of such, else the logit. sizes: shares of
+    where there are reference images, else blank. metric: the figure a circuit has to keep; None: log_prob, or the logit
+    where the model's outputs are no classes that rule each other out. sizes: shares of
     the nodes that are tested. size: that of the circuit; None: the smallest of the sizes that is 0.8 faithful. fan_in:
     edges kept into each unit. stream_units: units drawn of each residual stream. controls: random circuits of the same
     size; curve_controls: of each size. members: nodes, the first in rank, whose own effect is measured.

@@ -33,8 +33,8 @@ class Circuit(WithModel, WithEngine):
     """Every layer, or the tapped stages alone."""
     ablation: Literal["mean", "zero", "resample", "blank"] | None = None
     """What units outside a circuit become; by default their mean over reference images, or with one image blank."""
-    metric: Literal["contrast", "logit", "margin", "log_prob"] | None = None
-    """The figure a circuit has to keep; contrast: the class's logit less that on images of other classes (default)."""
+    metric: Literal["log_prob", "logit", "margin", "contrast"] | None = None
+    """The figure a circuit has to keep, by default log_prob; contrast: the logit less that on other classes' images."""
     sizes: tuple[float, ...] = ()
     """Shares of the nodes to test, in place of 0.001 to 1."""
     circuit_size: float | None = None
