@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import product
 from typing import Any
 
 import torch
@@ -11,12 +12,13 @@ from circuit_subjects import Subject
 from minexp.circuit.ablation import Metric
 from minexp.circuit.comparison import IMAGE, Line, line_of
 from minexp.circuit.examine import interval
-from minexp.circuit.ranking import count_of, rank
+from minexp.circuit.ranking import NECESSITY, count_of, rank
 
 Row = dict[str, Any]
 SIZES = (0.02, 0.1)
+WEIGHTS = (NECESSITY, 1.0)
 CONTROLS = 20
-TESTED: tuple[Metric, ...] = ("log_prob", "logit", "contrast")
+TESTED: tuple[Metric, ...] = ("log_prob", "logit")
 CHOSEN_BY: Metric = "log_prob"
 MEMBERS = 8  # images of a class that it needs, half to read from and half to test on
 CLASS_CONTROLS = 4
@@ -32,18 +34,19 @@ def limit_rows(subject: Subject) -> Iterable[Row]:
 
 
 def _drop_rows(subject: Subject) -> Iterable[Row]:
-    """Circuits chosen by the log-probability, tested by it, by the target logit and by the contrast."""
+    """Circuits chosen by the log-probability, at two weights of necessity, tested by each figure."""
     reader = subject.reader(metric=CHOSEN_BY)
-    ranking = rank(reader.ablation(*reader.prepare(subject.x)), reader.settings.by, sizes=SIZES)
+    chosen = reader.ablation(*reader.prepare(subject.x))
+    rankings = {n: rank(chosen, reader.settings.by, sizes=SIZES, necessity=n) for n in WEIGHTS}
     for metric in TESTED:
         tester = subject.reader(metric=metric, sizes=SIZES)
         ablation = tester.ablation(*tester.prepare(subject.x))
-        for size in SIZES:
+        for (necessity, ranking), size in product(rankings.items(), SIZES):
             line = line_of(tester, ablation, ranking, CHOSEN_BY, IMAGE, size=size, controls=CONTROLS)
             keys = {"experiment": "drops", "subject": subject.name, "metric": metric, "tested on": IMAGE}
-            keys |= {"circuit": f"exact, by {CHOSEN_BY}, {size:g} of the nodes"}
-            bound = RATIO if size == SIZES[-1] and metric != "contrast" else None
+            keys |= {"circuit": f"exact, by {CHOSEN_BY}, necessity {necessity:g}, {size:g} of the nodes"}
             yield from _rows(keys, line)
+            bound = RATIO if metric == "logit" else None
             ratio = line.inside.mean / line.random.mean
             yield keys | {"figure": "inside drop / random drop", "value": ratio, "bound": bound}
 

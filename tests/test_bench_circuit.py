@@ -76,11 +76,9 @@ def test_what_circuits_do_to_other_figures_and_images(
 
     monkeypatch.setattr(limits, "MEMBERS", 2)
     monkeypatch.setattr(limits, "CONTROLS", 2)
-    monkeypatch.setattr(bench.Reader, "pool", None)  # random images are all of one class: nothing to contrast
-    monkeypatch.setattr(limits, "TESTED", ("log_prob", "logit"))
     rows = list(limits.limit_rows(subject))
     drops = {(r["metric"], r["circuit"], r["figure"]): r["value"] for r in rows if r["experiment"] == "drops"}
-    assert len(drops) == 2 * len(limits.SIZES) * 5  # of four figures, there being no elsewhere, and a ratio
+    assert len(drops) == 2 * 2 * len(limits.SIZES) * 5  # four figures, "elsewhere" not among them, and a ratio
     for (metric, circuit, figure), value in drops.items():
         if figure == "inside drop / random drop":
             inside, random = (drops[metric, circuit, f"{name} drop"] for name in ("inside", "random"))

@@ -147,6 +147,7 @@ def test_the_published_mode_reads_stages_and_says_what_to_think_of_it() -> None:
         ({"rank_by": "luck"}, "unknown ranking 'luck'; choose pruned"),
         ({"ablation": "none"}, "unknown ablation 'none'"),
         ({"metric": "loss"}, "unknown metric 'loss'"),
+        ({"necessity": -1.0}, "necessity -1.0; give a weight of at least 0"),
         ({"sizes": ()}, "give shares of the nodes"),
         ({"sizes": (0.1, 1.5)}, "sizes 0.1, 1.5; give shares of the nodes, above 0 and at most 1"),
         ({"size": 0.0}, "give shares of the nodes"),

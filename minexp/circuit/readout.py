@@ -209,7 +209,7 @@ class Reader:
         settings, others = self.settings, self.others
         clock = _Clock(self)
         ablation = self.ablation(x, label)
-        own = rank(ablation, settings.by, sizes=settings.sizes)
+        own = rank(ablation, settings.by, sizes=settings.sizes, necessity=settings.necessity)
         ranking = own.together() if together else own
         clock.pause()
         counts = self._counts(ablation, ranking)
