@@ -78,7 +78,8 @@ def test_what_circuits_do_to_other_figures_and_images(
     monkeypatch.setattr(limits, "CONTROLS", 2)
     rows = list(limits.limit_rows(subject))
     drops = {(r["metric"], r["circuit"], r["figure"]): r["value"] for r in rows if r["experiment"] == "drops"}
-    assert len(drops) == 2 * 2 * len(limits.SIZES) * 5  # four figures, "elsewhere" not among them, and a ratio
+    figures = 5  # four of each test, "elsewhere" not among them, and a ratio
+    assert len(drops) == 2 * 2 * len(limits.SIZES) * figures
     for (metric, circuit, figure), value in drops.items():
         if figure == "inside drop / random drop":
             inside, random = (drops[metric, circuit, f"{name} drop"] for name in ("inside", "random"))
