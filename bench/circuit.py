@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import relevances
 import torch
+from circuit_limits import limit_rows
 from circuit_subjects import REFERENCES, Say, Subject, given_subject, lent, scenes_subject, tensor
 from rows import write_csv
 from torch import Tensor
@@ -51,8 +52,8 @@ COLUMNS = (
     "n",
     "bound",
 )
-METRICS: tuple[Metric, ...] = ("logit", "contrast")
-MODE_METRICS: tuple[Metric, ...] = ("logit", "log_prob")
+METRICS: tuple[Metric, ...] = ("log_prob", "contrast")
+MODE_METRICS: tuple[Metric, ...] = ("log_prob", "logit")
 READOUTS: tuple[tuple[Mode, Level], ...] = (
     ("exact", "layer"),
     ("gradient", "layer"),
@@ -63,7 +64,7 @@ SIZE = 0.1  # share of the nodes in the circuits that are taken out and set agai
 CONTROLS = 20
 CURVE = "faithfulness at"
 EDGE_IMAGES, EDGES = 4, 150  # images, and edges of each that are intervened on
-CONTRAST_SHARE = 2  # the contrast, five times as dear, is measured on every so many-th image
+CONTRAST_SHARE = 3  # the contrast, five times as dear, is measured on every so many-th image
 COLOURS = {"image": "#475569", "explanation": "#c2410c", "moved mask": "#0891b2", "Grad-CAM": "#7c3aed"}
 MODE_COLOURS = ("#c2410c", "#0891b2", "#f59e0b", "#475569", "#7c3aed")
 Row = dict[str, Any]
@@ -90,7 +91,7 @@ def measure(
     lines: dict[Metric, list[Line]] = {}
     for metric in METRICS:
         say(f"circuits from images and masks, metric {metric}")
-        step = 1 if metric == "logit" else CONTRAST_SHARE
+        step = CONTRAST_SHARE if metric == "contrast" else 1
         lines[metric] = compare(
             subject.reader(metric=metric), subject.x[::step], masks[::step], size=SIZE, controls=CONTROLS
         )
@@ -101,6 +102,8 @@ def measure(
         modes[metric] = {f"{mode}, {level}s": _read(subject, mode, level, metric) for mode, level in READOUTS}
         modes[metric] |= _peer(subject, metric)
         rows += _mode_rows(subject.name, metric, modes[metric])
+    say("other figures and images")
+    rows += limit_rows(subject)
     say("edges against interventions")
     rows += [*_edge_rows(subject), *_published_rows(subject)]
     rows += _cost_rows(subject.name, subject.classifier, subject.x[0], {"reference": subject.reference})
@@ -108,7 +111,7 @@ def measure(
         rows += [*_planted_rows(folder, say), *_resnet50_rows(say)]
     stem = RESULTS / f"circuit-{subject.name}"
     write(rows, stem)
-    plot(lines, modes["logit"], stem)
+    plot(lines, modes[MODE_METRICS[0]], stem)
     return [row for row in rows if not row["figure"].startswith(CURVE)]  # the plot shows those
 
 
@@ -278,7 +281,7 @@ def _planted_rows(folder: Path | None, say: Say) -> Iterable[Row]:
     reference = tensor(scenes.make("shortcut", REFERENCES, seed=5, split="train", decisive=False).images)
     subject = Subject("planted path", planted.planted_classifier(model), x, reference)
     say("the planted path")
-    for metric in METRICS:
+    for metric in MODE_METRICS:
         for mode, level in READOUTS:
             reader = subject.reader(mode=mode, level=level, metric=metric)
             ablation = reader.ablation(*reader.prepare(x))
@@ -311,11 +314,11 @@ def _cost_rows(
     for mode in ("exact", "gradient", "paper"):
         reader = Reader(
             classifier,
-            Settings(mode=mode, metric="logit", sizes=(0.01, 0.05), size=0.05, controls=0, members=0),
+            Settings(mode=mode, sizes=(0.01, 0.05), size=0.05, controls=0, members=0),
             **given,
         )
         circuit = reader.single(*reader.prepare(image))[0]
-        keys: Row = {"experiment": "cost", "subject": name, "metric": "logit", "circuit": mode, "n": 1}
+        keys: Row = {"experiment": "cost", "subject": name, "metric": "log_prob", "circuit": mode, "n": 1}
         passes = None if mode == "exact" else 5.0
         rows.append(keys | {"figure": "passes of a readout", "value": circuit.passes, "bound": passes})
         limit = bound if mode == "exact" else None
@@ -347,7 +350,7 @@ def plot(lines: dict[Metric, list[Line]], modes: dict[str, Line], stem: Path) ->
         axes.set(title=f"read from …, tested on the image: {metric}", ylabel="faithfulness, mean and 95 %")
     for (name, line), colour in zip(modes.items(), MODE_COLOURS, strict=False):
         _curve(panels[-1], line, name, colour)
-    panels[-1].set(title="read by …: logit")
+    panels[-1].set(title=f"read by …: {MODE_METRICS[0]}")
     for axes in panels:
         axes.axhline(0.8, color="black", linewidth=0.6, linestyle=":")
         axes.set(xscale="log", xlabel="share of the nodes", ylim=(-0.6, 1.25))

@@ -67,3 +67,31 @@ def test_the_peers_scores_are_its_relevances(bench: ModuleType, subject: Any) ->
     assert torch.allclose(part, known / known.abs().sum(1, keepdim=True), atol=1e-3)
     line = bench._peer(subject, "logit")["zennit-crp, layers"]
     assert line.tested_on == IMAGE and line.curve[-1].mean == pytest.approx(1.0, abs=1e-3)
+
+
+def test_what_circuits_do_to_other_figures_and_images(
+    bench: ModuleType, subject: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import circuit_limits as limits
+
+    monkeypatch.setattr(limits, "MEMBERS", 2)
+    monkeypatch.setattr(limits, "CONTROLS", 2)
+    rows = list(limits.limit_rows(subject))
+    drops = {(r["metric"], r["circuit"], r["figure"]): r["value"] for r in rows if r["experiment"] == "drops"}
+    figures = 5  # four of each test, "elsewhere" not among them, and a ratio
+    assert len(drops) == 2 * 2 * len(limits.SIZES) * figures
+    for (metric, circuit, figure), value in drops.items():
+        if figure == "inside drop / random drop":
+            inside, random = (drops[metric, circuit, f"{name} drop"] for name in ("inside", "random"))
+            assert value == pytest.approx(inside / random)
+    assert {r["tested on"] for r in rows if r["experiment"] == "classes"} == {"itself", "held out"}
+    (ceiling,) = (r for r in rows if r["experiment"] == "ceiling")
+    reader = subject.reader(metric="logit")
+    ablation = reader.ablation(*reader.prepare(subject.x))
+    features, count = ablation.net.ablated[-1], round(0.1 * ablation.net.nodes)
+    value = features.split(ablation.values[features.place])
+    base = features.split(reader.baseline.values[features.place])
+    share = (value - base).mean(2) * subject.classifier.model.fc.weight.detach()[ablation.label]
+    best = share.sort(dim=1, descending=True).values[:, :count].sum(1) - share.sum(1)
+    expected = 1 + best / (ablation.full - ablation.empty)
+    assert ceiling["value"] == pytest.approx(float(expected.mean()), abs=1e-4)

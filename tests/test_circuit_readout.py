@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_circuit_ablation import images, small
 from tiny_models import one_thread as one_thread
-from torch import Tensor
+from torch import Tensor, nn
 
 import minexp
 from minexp.circuit.circuit import Circuit
@@ -17,6 +17,7 @@ from minexp.circuit.stability import stability
 from minexp.classifier import Classifier
 from minexp.errors import MinexpError, RequestError
 from minexp.explanation import Explanation
+from minexp.targets import Binary, MultiLabel
 
 QUICK = {"sizes": (0.1, 0.3, 1.0), "controls": 2, "members": 3}
 
@@ -64,7 +65,7 @@ def test_a_circuit_of_the_kept_pixels_is_for_the_class_of_the_image(classifier: 
     masks = torch.zeros(1, 16, 16, dtype=torch.bool)
     masks[:, 4:9, 4:9] = True
     explanation = Explanation(masks, x, torch.full((1, 3, 1, 1), 0.5), (None,), 0.0)  # type: ignore[arg-type]
-    circuit = minexp.read_circuit(classifier, x, explanation, **QUICK)
+    circuit = minexp.read_circuit(classifier, x, explanation, metric="logit", **QUICK)
     label = int(classifier.logits(x).argmax())
     kept = explanation.kept_images()
     assert circuit.label == label and circuit.label_name == str(label)
@@ -111,6 +112,17 @@ def test_the_quick_modes_take_few_passes(classifier: Classifier, mode: str, pass
     assert exact.passes > passes
 
 
+def test_a_circuit_keeps_the_probability_of_classes_and_the_logit_of_other_outputs() -> None:
+    model = small(7).model
+    for target, metric in ((None, "log_prob"), (Binary(), "log_prob"), (MultiLabel(), "logit")):
+        if isinstance(target, Binary):
+            model = nn.Sequential(small(7).model, nn.Linear(5, 1))
+        given = {} if target is None else {"target": target}
+        classifier = Classifier(model.eval(), size=16, **given)  # type: ignore[arg-type]
+        assert Reader(classifier, Settings()).metric == metric
+        assert Reader(classifier, Settings(metric="margin")).metric == "margin"
+
+
 def test_the_published_mode_reads_stages_and_says_what_to_think_of_it() -> None:
     classifier = small(7, size=32)
     circuit = minexp.read_circuit(classifier, images(1, size=32)[0], mode="paper", size=0.5, **QUICK)
@@ -135,6 +147,7 @@ def test_the_published_mode_reads_stages_and_says_what_to_think_of_it() -> None:
         ({"rank_by": "luck"}, "unknown ranking 'luck'; choose pruned"),
         ({"ablation": "none"}, "unknown ablation 'none'"),
         ({"metric": "loss"}, "unknown metric 'loss'"),
+        ({"necessity": -1.0}, "necessity -1.0; give a weight of at least 0"),
         ({"sizes": ()}, "give shares of the nodes"),
         ({"sizes": (0.1, 1.5)}, "sizes 0.1, 1.5; give shares of the nodes, above 0 and at most 1"),
         ({"size": 0.0}, "give shares of the nodes"),

@@ -13,6 +13,7 @@ from minexp.circuit.ablation import Ablation
 from minexp.circuit.baseline import make_baseline
 from minexp.circuit.edges import intervene
 from minexp.circuit.network import network
+from minexp.circuit.ranking import rank
 
 # Zero ablation, class 0, an image of the colour (0.75, 0.5, 0.25): m, and each edge's effect on it where it has one.
 KNOWN = {
@@ -90,7 +91,7 @@ def edges_of(circuit: minexp.Circuit) -> dict[tuple[str, int, str, int], float]:
 
 
 def read(model: type, **settings: object) -> minexp.Circuit:
-    defaults = {"target": 0, "ablation": "zero", "size": 1.0}
+    defaults = {"target": 0, "ablation": "zero", "metric": "logit", "size": 1.0}
     return minexp.read_circuit(toys.classifier(model()), image(), **{**defaults, **settings})  # type: ignore[arg-type]
 
 
@@ -135,6 +136,20 @@ def test_into_a_linear_rest_an_edge_does_what_its_score_says(model: type) -> Non
     assert intervene(ablation, 0, asked).tolist() == pytest.approx(list(edges.values()))
 
 
+@pytest.mark.parametrize("model", [toys.Either, toys.Both], ids=lambda model: model.__name__)
+def test_units_that_stand_in_for_each_other_are_found_together(model: type) -> None:
+    net = network(toys.classifier(model()))
+    baseline = make_baseline(net, "zero", reference=None, blank=torch.zeros(1, 3, 1, 1))
+    ablation = Ablation(net, image()[None], torch.zeros(1, dtype=torch.long), baseline)
+    assert net.nodes == 4 and float(ablation.full) == pytest.approx(3) and float(ablation.empty) == 0
+    keep = rank(ablation, "pruned").keep(2)
+    assert keep.tolist() == [[True, False, True, False]]
+    assert ablation.faithfulness(keep).tolist() == [1] and ablation.faithfulness(~keep).tolist() == [0]
+    if model is toys.Either:  # nothing falls when one unit goes, so each alone seems to do nothing
+        for found in (rank(ablation, "gradient"), rank(ablation, "pruned", necessity=0.0)):
+            assert ablation.faithfulness(~found.keep(2)).tolist() == [1]
+
+
 def test_layers_and_kinds() -> None:
     kinds = {layer.name: (layer.kind, layer.units) for layer in read(toys.Gated).layers}
     assert kinds == {
@@ -150,14 +165,18 @@ def test_layers_and_kinds() -> None:
 def test_a_model_that_cannot_be_traced_has_its_stages_as_layers() -> None:
     classifier = toys.classifier(toys.Untraceable())
     with pytest.warns(UserWarning, match=r"Untraceable cannot be traced by torch.export .*stages as layers"):
-        circuit = minexp.read_circuit(classifier, image(), target=0, ablation="zero", size=1.0)
+        circuit = minexp.read_circuit(
+            classifier, image(), target=0, ablation="zero", metric="logit", size=1.0
+        )
     assert circuit.level == "stage" and [layer.kind for layer in circuit.layers] == ["stage", "stage"]
     assert any("cannot be traced" in note for note in circuit.notes)
     stages = {**KNOWN[toys.Chain][1], ("conv1", 1, "conv2", 1): -1.5}  # tapped before the ReLU
     assert edges_of(circuit) == pytest.approx(stages)
     with warnings.catch_warnings():  # once is enough
         warnings.simplefilter("error")
-        again = minexp.read_circuit(classifier, image(), target=0, ablation="zero", size=1.0, mode="gradient")
+        again = minexp.read_circuit(
+            classifier, image(), target=0, ablation="zero", metric="logit", size=1.0, mode="gradient"
+        )
     assert edges_of(again) == pytest.approx(stages)
 
 

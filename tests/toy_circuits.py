@@ -143,6 +143,28 @@ class Attention(nn.Module):
         return self.fc((t + self.proj(out)).mean(1))
 
 
+class Either(nn.Module):
+    """h = relu(conv x) = (R, B, R, G); score 0 is min(3, 4 h0 + 4 h2): 3 with either of the two, and at its limit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = conv([[1, 0, 0], [0, 0, 1], [1, 0, 0], [0, 1, 0]])
+        self.fc = linear([[4, 0, 4, 0], [0, 0, 0, 1]])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.limited(self.fc(F.relu(self.conv(x)).mean((2, 3))))
+
+    def limited(self, scores: Tensor) -> Tensor:
+        return scores.clamp(max=3)
+
+
+class Both(Either):
+    """The same with score 0 = relu(4 h0 + 4 h2 - 3): 3 with both, none with one of them."""
+
+    def limited(self, scores: Tensor) -> Tensor:
+        return (scores - 3).clamp(min=0)
+
+
 class Untraceable(Chain):
     """A chain that decides by a value whether to go on, which no trace can follow."""
 

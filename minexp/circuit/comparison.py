@@ -61,7 +61,8 @@ def compare(reader: Reader, x: Tensor, masks: Tensor, *, size: float = 0.1, cont
     lines: list[Line] = []
     for name, e in rivals(reader, whole, label, masks).items():
         own = on_image if name == IMAGE else reader.ablation(e, label)
-        ranking = rank(own, reader.settings.by, sizes=reader.settings.sizes)
+        settings = reader.settings
+        ranking = rank(own, settings.by, sizes=settings.sizes, necessity=settings.necessity)
         if name != IMAGE:
             lines.append(line_of(reader, own, ranking, name, "itself", size=size, controls=controls))
         lines.append(line_of(reader, on_image, ranking, name, IMAGE, size=size, controls=controls))

@@ -16,6 +16,7 @@ from .ablation import Ablation
 By = Literal["pruned", "integrated", "gradient", "energy"]
 ROUNDS = 32  # of pruning, beside one for each size asked for
 STEPS = 16  # of the integral
+NECESSITY = 0.02  # weight of what the score loses without the circuit, beside what the circuit keeps of it
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,15 +52,17 @@ def rank(
     sizes: Sequence[float] = (),
     rounds: int = ROUNDS,
     steps: int = STEPS,
+    necessity: float = NECESSITY,
 ) -> Ranking:
     """Score every node for every image.
 
     gradient: (activation - baseline) * gradient, one forward and backward pass. integrated: its integral while all
     nodes go from their baseline to their value together; the scores sum to m(all) - m(none). pruned: the gradient
-    score in what is left of the network, while nodes are taken from it a few at a time so that m stays near m(all);
+    score in what is left of the network, plus ``necessity`` times that in the rest, what was taken from it so far,
+    while nodes are taken a few at a time so that m of what is left stays near m(all) and m of the rest near m(none);
     the circuits of the given ``sizes`` (shares of the nodes) are among those on the way, and a score is the mean of
-    the node's effects as long as it is left. energy: the activation's
-    norm (arXiv 2509.25686), ranked within each layer. Raises RequestError for an unknown way.
+    the node's effects as long as it is left. energy: the activation's norm (arXiv 2509.25686), ranked within each
+    layer. Raises RequestError for an unknown way.
     """
     if by not in get_args(By):
         raise RequestError(f"unknown ranking {by!r}; choose {', '.join(get_args(By))}")
@@ -67,7 +70,7 @@ def rank(
         return _energy(ablation)
     ones = torch.ones(len(ablation), ablation.net.nodes, device=ablation.x.device)
     if by == "pruned":
-        return _pruned(ablation, ones, _schedule(ones.shape[1], rounds, sizes))
+        return _pruned(ablation, ones, _schedule(ones.shape[1], rounds, sizes), necessity)
     if by == "gradient":
         scores = ablation.gradient(ones)[1]
     else:
@@ -87,23 +90,29 @@ def _energy(ablation: Ablation) -> Ranking:
     return Ranking("energy", torch.cat(scores, 1), torch.cat(keys, 1))
 
 
-def _pruned(ablation: Ablation, ones: Tensor, counts: Sequence[int]) -> Ranking:
-    """Of the nodes left, sorted by effect, neighbours go whose total effect brings m nearest to m(all)."""
-    left, total, rounds, key = (
-        ones.clone(),
-        torch.zeros_like(ones),
-        torch.zeros_like(ones),
-        torch.zeros_like(ones),
-    )
+def _pruned(ablation: Ablation, ones: Tensor, counts: Sequence[int], necessity: float) -> Ranking:
+    """Of the nodes left, sorted by effect, neighbours go whose total effect leaves both sides nearest to their aims.
+
+    What is left aims at m(all). The rest, which they join, aims at m(none) or less: a unit whose copies would carry
+    the class on without it is of no use in a circuit unless they are in it, too.
+    """
+    left, total, rounds, key = ones.clone(), *(torch.zeros_like(ones) for _ in range(3))
+    rows = torch.arange(len(ones), device=ones.device)
     remaining = ones.shape[1]
     for count in [*counts, 0]:
-        m, effect = ablation.gradient(left)
+        if necessity:
+            m, effects = ablation.gradient(torch.cat([left, 1 - left]), rows.repeat(2))
+            (m, m_rest), (kept, missed) = m.chunk(2), effects.chunk(2)
+        else:
+            m, kept = ablation.gradient(left)
+            m_rest, missed = torch.zeros_like(m), torch.zeros_like(kept)
+        effect = kept + necessity * missed
         total, rounds = total + left * effect, rounds + left
         gone = remaining - count
         order = effect.masked_fill(left == 0, torch.inf).argsort(dim=1, stable=True)[:, :remaining]
-        below = functional.pad(effect.gather(1, order).double().cumsum(1), (1, 0))
-        after = m[:, None] - (below[:, gone:] - below[:, : remaining - gone + 1])
-        start = (after - ablation.full[:, None]).abs().argmin(1, keepdim=True)
+        short = (m[:, None] - _windows(kept.gather(1, order), gone) - ablation.full[:, None]).abs()
+        over = m_rest[:, None] + _windows(missed.gather(1, order), gone) - ablation.empty[:, None]
+        start = (short + necessity * over.clamp_min(0)).argmin(1, keepdim=True)
         chosen = order.gather(1, start + torch.arange(gone, device=order.device))
         # The fewer nodes are left when it goes, the larger a node's key; of those that go together, by effect.
         numbers = torch.arange(remaining, count, -1, device=key.device, dtype=key.dtype)
@@ -111,6 +120,12 @@ def _pruned(ablation: Ablation, ones: Tensor, counts: Sequence[int]) -> Ranking:
         left.scatter_(1, chosen, 0.0)
         remaining = count
     return Ranking("pruned", total / rounds, key)
+
+
+def _windows(values: Tensor, width: int) -> Tensor:
+    """Sums of every ``width`` neighbours of values [B, n], in double precision: [B, n - width + 1]."""
+    below = functional.pad(values.double().cumsum(1), (1, 0))
+    return below[:, width:] - below[:, : below.shape[1] - width]
 
 
 def _schedule(nodes: int, rounds: int, sizes: Sequence[float]) -> list[int]:

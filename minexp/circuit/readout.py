@@ -14,6 +14,7 @@ from ..backgrounds import GREY
 from ..classifier import Classifier
 from ..errors import MinexpError, RequestError
 from ..explanation import Explanation
+from ..targets import Binary, Target
 from .ablation import Ablation, Metric, Pool
 from .baseline import Kind, make_baseline
 from .circuit import Circuit, Layer, Test
@@ -169,7 +170,8 @@ class Reader:
             if self.settings.metric == "contrast" and self.pool is None:
                 raise RequestError("metric contrast needs reference images of other classes; give some")
             return self.settings.metric
-        return "contrast" if self.pool is not None and len(self.pool.label.unique()) > 1 else "logit"
+        rivals = isinstance(self.classifier.target, Binary) or type(self.classifier.target) is Target
+        return "log_prob" if rivals and self.classifier.num_classes > 1 else "logit"
 
     @cached_property
     def pool(self) -> Pool | None:
@@ -207,7 +209,7 @@ class Reader:
         settings, others = self.settings, self.others
         clock = _Clock(self)
         ablation = self.ablation(x, label)
-        own = rank(ablation, settings.by, sizes=settings.sizes)
+        own = rank(ablation, settings.by, sizes=settings.sizes, necessity=settings.necessity)
         ranking = own.together() if together else own
         clock.pause()
         counts = self._counts(ablation, ranking)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -10,7 +11,7 @@ from .ablation import Metric
 from .baseline import Kind
 from .examine import SIZES
 from .network import Level
-from .ranking import By
+from .ranking import NECESSITY, By
 
 Mode = Literal["exact", "gradient", "paper"]
 RANKED_BY: dict[Mode, By] = {"exact": "pruned", "gradient": "gradient", "paper": "energy"}
@@ -22,9 +23,10 @@ class Settings:
 
     mode: exact (nodes by pruning, edges by ablating their source), gradient (both to first order, from one forward
     and backward pass) or paper (as published). level: every layer, or the tapped stages alone (paper: always).
-    rank_by: how nodes are ordered, in place of the mode's own way. ablation: what units outside become; None: mean
-    where there are reference images, else blank. metric: the figure a circuit has to keep; None: contrast, the logit
-    less that on images of other classes, where there are reference images of such, else the logit. sizes: shares of
+    rank_by: how nodes are ordered, in place of the mode's own way. necessity: weight, in pruning, of what
+    m loses without the circuit, beside what the circuit keeps of it. ablation: what units outside become; None: mean
+    where there are reference images, else blank. metric: the figure a circuit has to keep; None: log_prob, or the logit
+    where the model's outputs are no classes that rule each other out. sizes: shares of
     the nodes that are tested. size: that of the circuit; None: the smallest of the sizes that is 0.8 faithful. fan_in:
     edges kept into each unit. stream_units: units drawn of each residual stream. controls: random circuits of the same
     size; curve_controls: of each size. members: nodes, the first in rank, whose own effect is measured.
@@ -34,6 +36,7 @@ class Settings:
     mode: Mode = "exact"
     level: Level = "layer"
     rank_by: By | None = None
+    necessity: float = NECESSITY
     ablation: Kind | None = None
     metric: Metric | None = None
     sizes: tuple[float, ...] = SIZES
@@ -53,6 +56,8 @@ class Settings:
             raise RequestError(
                 f"sizes {', '.join(map(str, shares))}; give shares of the nodes, above 0 and at most 1"
             )
+        if not 0 <= self.necessity < math.inf:
+            raise RequestError(f"necessity {self.necessity}; give a weight of at least 0")
         if self.fan_in < 1 or min(self.controls, self.curve_controls, self.members, self.stream_units) < 0:
             raise RequestError("fan_in is at least 1; stream_units, controls and members are at least 0")
 

@@ -33,8 +33,10 @@ class Circuit(WithModel, WithEngine):
     """Every layer, or the tapped stages alone."""
     ablation: Literal["mean", "zero", "resample", "blank"] | None = None
     """What units outside a circuit become; by default their mean over reference images, or with one image blank."""
-    metric: Literal["contrast", "logit", "margin", "log_prob"] | None = None
-    """The figure a circuit has to keep; contrast: the class's logit less that on images of other classes (default)."""
+    metric: Literal["log_prob", "logit", "margin", "contrast"] | None = None
+    """The figure a circuit has to keep, by default log_prob; contrast: the logit less that on other classes' images."""
+    necessity: float | None = None
+    """Mode exact: weight of what is lost without the circuit beside what it keeps, by default 0.02."""
     sizes: tuple[float, ...] = ()
     """Shares of the nodes to test, in place of 0.001 to 1."""
     circuit_size: float | None = None
@@ -56,6 +58,7 @@ class Circuit(WithModel, WithEngine):
 
     def run(self) -> int:
         from ..circuit.examine import SIZES
+        from ..circuit.ranking import NECESSITY
         from ..circuit.settings import Settings
         from ..data.sources import open_source
         from ..jobs import circuits as job
@@ -80,6 +83,7 @@ class Circuit(WithModel, WithEngine):
             level=self.level,
             ablation=self.ablation,
             metric=self.metric,
+            necessity=NECESSITY if self.necessity is None else self.necessity,
             sizes=self.sizes or SIZES,
             size=self.circuit_size,
             fan_in=self.fan_in,
