@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from attributions import PEERS, Peer, Subject, counting, missing
+from peers_table import COLUMNS as COLUMNS  # what bench/run.py prints
 from peers_table import CURVES, Measured, Results, plot
 from torch import Tensor
 from tqdm import tqdm

@@ -166,7 +166,7 @@ def plot(rows: Sequence[dict[str, Any]], stem: Path) -> None:
         ("robustness", "held", "class kept on held-out backgrounds"),
         ("cost", "evaluations", "classifier evaluations an image"),
     ):
-        figure = Figure(figsize=(9, 5), layout="constrained")
+        figure = Figure(figsize=(9, max(5, 0.19 * len(rows) + 0.6)), layout="constrained")
         axes = figure.subplots()
         for number, line in enumerate(rows, 1):
             ours, few = line["explainer"].startswith("minexp"), line["images"] < FEW
@@ -178,7 +178,7 @@ def plot(rows: Sequence[dict[str, Any]], stem: Path) -> None:
                 color="#c2410c" if ours else "#475569",
                 fillstyle="none" if few else "full",
                 linestyle="none",
-                label=f"{number}  {text}" + (f", {line['images']} images" if few else ""),
+                label=f"{number}  {text}" + (f", n = {line['images']}" if few else ""),
             )
             # names would hide one another where explainers are alike
             beside = (-5, -10) if number % 2 else (5, 3)
