@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peers import interval, prepared
+from peers import AUDIT_POOL, own_draws, prepared
+from peers_table import interval
 from torch import Tensor
 
 from minexp.backgrounds import HELD_OUT, RANDOM
@@ -89,8 +90,8 @@ def of(judge: Judge, x: Tensor, masks: Tensor, truth: Tensor) -> dict[str, float
     kept = judge.logits(torch.where(masks, x, judge.backgrounds.default(x))).argmax(1) == label
     figures = {"area": masks.float().mean().item(), "kept": kept.float().mean().item()}
     for name, families in (("train", RANDOM), ("held", HELD_OUT)):
-        draws: list[tuple[str, int | Tensor]] = [(family, 1000 + n) for family in families for n in range(4)]
-        figures[name] = judge.kept_on(x, label, masks, draws, "audit", 4096).float().mean().item()
+        draws: list[tuple[str, int | Tensor]] = [(family, n) for family in families for n in own_draws(x)]
+        figures[name] = judge.kept_on(x, label, masks, draws, "audit", AUDIT_POOL).float().mean().item()
     pixels = masks[:, 0].flatten(1).sum(1)
     inside = (masks[:, 0] & truth).flatten(1).sum(1) / pixels.clamp_min(1)
     figures["inside"] = inside.mean().item()

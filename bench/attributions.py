@@ -273,27 +273,28 @@ def _each(x: Tensor, label: Tensor, attribute: Callable[[Tensor, int], Tensor]) 
 
 @dataclass(frozen=True)
 class Peer:
-    """One explainer: the module it needs, its adaptor, its budgets of evaluations (None: its own default), each with
-    the share of the images that it is run on: what takes seconds an image sees fewer.
+    """One explainer: the module it needs, its adaptor, its budgets of evaluations (None: its own default).
+
+    costly: takes seconds an image at its default, and is run on fewer of them.
     """
 
     name: str
     module: str
     attribute: Adaptor
-    shares: tuple[tuple[int | None, float], ...] = ((None, 1.0),)
+    budgets: tuple[int | None, ...] = (None, 64, 256)
+    costly: bool = False
 
 
-SLOW, HEAVY = ((None, 0.4),), ((256, 0.04), (None, 0.012))
 PEERS = (
-    Peer("gradcam", "captum", grad_cam),
+    Peer("gradcam", "captum", grad_cam, (None,)),
     Peer("integrated gradients", "captum", integrated_gradients),
     Peer("feature ablation", "captum", feature_ablation),
     Peer("occlusion", "captum", occlusion),
-    Peer("lime", "lime", lime, SLOW),
-    Peer("shap", "shap", shap, SLOW),
-    Peer("rise", "torchray", rise, HEAVY),
-    Peer("rex", "rex_xai", rex, HEAVY),
-    Peer("extremal perturbation", "torchray", extremal_perturbation, HEAVY),
+    Peer("lime", "lime", lime),
+    Peer("shap", "shap", shap),
+    Peer("rise", "torchray", rise, costly=True),
+    Peer("rex", "rex_xai", rex, costly=True),
+    Peer("extremal perturbation", "torchray", extremal_perturbation, costly=True),
 )
 
 

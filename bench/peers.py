@@ -3,17 +3,18 @@
 A peer's map is binarised by adding pixels in rank order, growing and then bisecting, until the predicate holds; what
 that takes is charged to it, as the repair of a mask is to minexp. Every mask is then audited on draws that nobody has
 seen, at nobody's cost. Means have bootstrap 95 % intervals; `paired` is the area less that of minexp's `minimal` on the
-same images, with its interval. What was measured is written image by image, and a run that was stopped goes on from it.
+same images, with its interval; `break_even`, the images after which fitting the masker and explaining by `fast` has
+taken less time than the peer. What was measured is written image by image, and a run that was stopped goes on from it.
 """
 
 from __future__ import annotations
 
-import csv
+import hashlib
 import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,13 +23,15 @@ from typing import Any
 import numpy as np
 import torch
 from attributions import PEERS, Peer, Subject, counting, missing
+from peers_table import COLUMNS as COLUMNS  # what bench/run.py prints
+from peers_table import CURVES, Measured, Results, plot
 from torch import Tensor
+from tqdm import tqdm
 
-from minexp.backgrounds import HELD_OUT, RANDOM, Backgrounds
+from minexp.backgrounds import HELD_OUT, RANDOM, Backgrounds, draw_numbers
 from minexp.classifier import Classifier
 from minexp.controls import wrong_class
 from minexp.data import scenes, subjects
-from minexp.data.files import replacing, write_text
 from minexp.explanation import explain, make_backgrounds
 from minexp.judge import Judge, dilate
 from minexp.masker import Masker, load_masker
@@ -40,25 +43,14 @@ from minexp.repair import threshold_masks
 from minexp.search import EFFORTS, Effort
 from minexp.training import fit
 
-COLUMNS = (
-    *("explainer", "budget", "images", "area", "area_ci", "paired", "paired_ci", "held", "held_ci", "train"),
-    *("kept", "dilated", "inside", "pointing", "complement", "components", "insertion", "deletion"),
-    *("evaluations", "seconds", "memory_mb", "failed", "wrong_class"),
-)
-FIGURES = ("area", "held", "train", "kept", "dilated", "inside", "pointing", "complement", "components")
-CURVES = ("insertion", "deletion")
-SPENT = (
-    "evaluations",
-    "failed",
-    "wrong_class",
-    "seconds",
-    "memory_mb",
-)  # seconds and memory: of the run, shared
-FINE = 0.125  # share of the images that are reduced to finer cells, too
-FEW = 30  # images below which a point of the plots is hollow
+CHUNK, SMALL_CHUNK = 64, 5  # images measured before they are written
+PAPER_SHARE = 0.2  # of the images that costly explainers see: those of the published recipe
 CONTROLLED = 60  # images of the wrong-class control
 SMALLEST = 0.01  # share of pixels that a peer's binarisation begins with
-AUDIT = 4  # draws a family
+AUDIT, AUDIT_POOL = (
+    4,
+    256,
+)  # draws a family for each image, its own among that many: none can tilt a whole table
 LEVELS = 8  # points of the insertion and deletion curves
 
 
@@ -75,24 +67,12 @@ class Found:
     seconds: float
 
 
-@dataclass(frozen=True)
-class Measured:
-    """The figures of one explainer's masks, each an array of one value an image; NaN where an image has none."""
-
-    name: str
-    budget: str
-    figures: dict[str, np.ndarray]
-
-    def mean(self, name: str) -> float:
-        values = self.figures[name]
-        return float(np.nanmean(values)) if np.isfinite(values).any() else math.nan
-
-
 def of_peer(peer: Peer, judge: Judge, x: Tensor, label: Tensor, budget: int | None) -> Found:
     """The peer's maps, and the level sets of them that satisfy the predicate."""
     subject = Subject(judge.classifier, judge.backgrounds.default(x), budget)
     started = time.process_time()
-    with judge.classifier.frozen(), counting(judge.classifier) as count:
+    with judge.classifier.frozen(), counting(judge.classifier) as count, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
         maps = torch.cat(
             [peer.attribute(subject, a, b) for a, b in zip(x.split(32), label.split(32), strict=True)]
         )
@@ -112,41 +92,41 @@ def of_minexp(
     effort: Effort,
     judge: Judge,
     x: Tensor,
-    masker: Masker | None,
     backgrounds: Backgrounds,
-    minimisation: Minimisation | None = None,
+    masker: Masker | None,
+    **options: Any,
 ) -> Found:
     """minexp's masks; the evaluations are all of them, the certificate's included."""
     started = time.process_time()
-    parts = [
-        explain(
-            judge.classifier,
-            part,
-            masker,
-            predicate=judge.predicate,
-            effort=effort,
-            backgrounds=backgrounds,
-            minimisation=minimisation,
-        )
-        for part in x.split(64)
-    ]
-    seconds = (time.process_time() - started) / len(x)
-    certificates = [c for part in parts for c in part.certificates]
-    masks = torch.cat([part.masks for part in parts])[:, None]
-    maps = (
-        masks[:, 0].float()
-        if masker is None
-        else torch.cat([masker.probabilities(p)[:, 0] for p in x.split(64)])
+    found = explain(
+        judge.classifier,
+        x,
+        masker,
+        predicate=judge.predicate,
+        effort=effort,
+        backgrounds=backgrounds,
+        **options,
     )
+    seconds = (time.process_time() - started) / len(x)
+    masks = found.masks[:, None]
+    maps = masks[:, 0].float()
+    if masker is not None:
+        p = masker.probabilities(x)[:, 0]
+        maps = torch.where(masks[:, 0], 1 + p, p)
     return Found(
         name,
         "default",
         masks,
-        torch.where(masks[:, 0], 1 + maps, maps),
-        torch.tensor([c.certified for c in certificates]),
-        torch.tensor([float(c.evaluations) for c in certificates]),
+        maps,
+        torch.tensor([c.certified for c in found.certificates]),
+        torch.tensor([float(c.evaluations) for c in found.certificates]),
         seconds,
     )
+
+
+def own_draws(x: Tensor) -> list[Tensor]:
+    """Numbers [B] of the draws of a family that audit each image of x."""
+    return [draw_numbers(x) + number for number in range(AUDIT)]
 
 
 def audit(found: Found, judge: Judge, x: Tensor, label: Tensor, truth: Tensor) -> Measured:
@@ -154,8 +134,8 @@ def audit(found: Found, judge: Judge, x: Tensor, label: Tensor, truth: Tensor) -
     figures: dict[str, np.ndarray] = {}
     masks, default = found.masks, judge.backgrounds.default(x)
     for name, families in (("train", RANDOM), ("held", HELD_OUT)):
-        draws = [(family, 1000 + number) for family in families for number in range(AUDIT)]
-        figures[name] = judge.kept_on(x, label, masks, draws, "audit", 4096).float().mean(1).numpy()
+        draws = [(family, number) for family in families for number in own_draws(x)]
+        figures[name] = judge.kept_on(x, label, masks, draws, "audit", AUDIT_POOL).float().mean(1).numpy()
     shown = {"kept": masks, "dilated": dilate(masks)}
     for name, mask in shown.items():
         kept = judge.logits(torch.where(mask, x, default)).argmax(1) == label
@@ -189,31 +169,6 @@ def audit(found: Found, judge: Judge, x: Tensor, label: Tensor, truth: Tensor) -
     return Measured(found.name, found.budget, figures)
 
 
-def interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """Bootstrap 95 % interval of the mean."""
-    values = values[np.isfinite(values)]
-    if len(values) < 2:
-        return math.nan, math.nan
-    rng = np.random.default_rng(seed)
-    means = values[rng.integers(len(values), size=(1000, len(values)))].mean(1)
-    low, high = np.quantile(means, (0.025, 0.975))
-    return float(low), float(high)
-
-
-def row(measured: Measured, reference: Measured | None) -> dict[str, Any]:
-    """One line of the table."""
-    area = measured.figures["area"]
-    line: dict[str, Any] = {"explainer": measured.name, "budget": measured.budget, "images": len(area)}
-    line |= {name: measured.mean(name) for name in (*FIGURES, *CURVES, *SPENT)}
-    for name in ("area", "held"):
-        line[f"{name}_ci"] = "{:.3f}–{:.3f}".format(*interval(measured.figures[name]))
-    if reference is not None and reference is not measured:
-        difference = area - reference.figures["area"][: len(area)]
-        line["paired"] = float(difference.mean())
-        line["paired_ci"] = "{:+.3f}–{:+.3f}".format(*interval(difference))
-    return line
-
-
 def prepared(variant: scenes.Variant, out: Path | None) -> tuple[Classifier, Masker]:
     """The variant's classifier and masker, as `minexp demo` makes them; a demo's directory ``out``/VARIANT is used."""
     from minexp import demo
@@ -236,18 +191,22 @@ def measure(
     quiet: bool,
     *,
     images: int = 500,
+    costly_images: int | None = None,
     out: str | None = None,
     variant: scenes.Variant = "plain",
     peers: str | None = None,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """Rows for minexp's efforts and every peer that can be imported, on test scenes of this seed.
+    """Rows for minexp's efforts, the published recipe and every peer that can be imported, on test scenes of this seed.
 
-    Slow explainers see fewer images: `Peer.shares`. peers: names of those to run, separated by commas, or "none".
-    With ``out``, also a Markdown and a CSV table, the figures of every image, and two plots there; what a run with the
-    same images, seed and models has measured there already is used.
+    costly_images (a tenth of the images): how many of them, the first, are for explainers that take seconds an image,
+    for budgets other than the tools' defaults and for finer cells; PAPER_SHARE of those are for the published recipe.
+    peers: names of those to run, separated by commas, or "none". With ``out``, also a Markdown and a CSV table, the
+    figures of every image, and two plots there; images that a run with the same number of images, seed and models
+    has measured there already are not measured again.
     """
     stem = None if out is None else Path(out) / variant
+    few = max(2, images // 10) if costly_images is None else min(images, costly_images)
     classifier, masker = prepared(variant, None if out is None else Path(out))
     data = scenes.make(variant, images, seed=seed, split="test")
     x = torch.from_numpy(data.images).permute(0, 3, 1, 2).float() / 255
@@ -255,33 +214,40 @@ def measure(
     backgrounds = make_backgrounds(classifier, masker)
     judge = Judge(classifier, Predicate(), backgrounds)
     label = judge.logits(x).argmax(1)
-    job = f"{images} images, seed {seed}, classifier {classifier.fingerprint[:12]}"
-    results = [] if stem is None else read(stem, job)
+    job = f"{images} images, seed {seed}, classifier {classifier.fingerprint[:12]}, {AUDIT_POOL} audit draws"
+    mine = f"{job}, masker {fingerprint(masker)[:12]}"
+    results = Results(stem, (job, mine), masker.metadata.get("seconds", math.nan))
+    bar = tqdm(disable=None if not quiet else True, unit="image", leave=False)
 
-    def add(name: str, budget: str, find: Callable[[], Found]) -> None:
-        if not any((known.name, known.budget) == (name, budget) for known in results):
-            found = find()
-            n = len(found.masks)
-            measured = audit(found, judge, x[:n], label[:n], truth[:n])
-            if name == "minexp minimal":
-                few = slice(0, CONTROLLED)
-                wrong = wrong_class(judge, x[few], found.masks[few], Refinement())
-                measured.figures["wrong_class"][few] = wrong.double().numpy()
-            results.append(measured)
-        if stem is not None:  # as it goes: a long run that is stopped leaves what it has
-            write(table(results), results, stem, job)
-        if not quiet:
-            print(f"{name} ({budget}): done", file=sys.stderr)
+    def add(name: str, budget: str, n: int, size: int, job: str, find: Callable[[slice], Found]) -> None:
+        """Measure the first n images, ``size`` of them at a time, but for those that are known."""
+        known = results.images(name, budget)
+        bar.reset(n)
+        bar.set_description(f"{name} ({budget})")
+        bar.update(min(known, n))
+        for first in range(known, n, size):
+            part = slice(first, min(first + size, n))
+            found = find(part)
+            measured = audit(found, judge, x[part], label[part], truth[part])
+            if name == "minexp minimal" and first < CONTROLLED:
+                tried = slice(first, min(part.stop, CONTROLLED))
+                wrong = wrong_class(judge, x[tried], found.masks[: tried.stop - first], Refinement())
+                measured.figures["wrong_class"][: len(wrong)] = wrong.double().numpy()
+            results.add(measured, job)  # as it goes: a long run that is stopped leaves what it has
+            bar.update(part.stop - part.start)
+
+    def ours(name: str, effort: Effort, n: int, size: int = CHUNK, **options: Any) -> None:
+        def find(part: slice) -> Found:
+            return of_minexp(name, effort, judge, x[part], backgrounds, **{"masker": masker, **options})
+
+        add(name, "default", n, size, mine, find)
 
     for effort in reversed(EFFORTS):
-        name = f"minexp {effort}"
-        add(name, "default", partial(of_minexp, name, effort, judge, x, masker, backgrounds))
-        if effort == "minimal":
-            settings, n = Minimisation(cell=max(1, min(x.shape[2:]) // 16)), max(2, round(images * FINE))
-            name = f"minexp minimal, cells of {settings.cell}"
-            add(
-                name, "default", partial(of_minexp, name, effort, judge, x[:n], masker, backgrounds, settings)
-            )
+        ours(f"minexp {effort}", effort, images)
+    fine = Minimisation(cell=max(1, min(x.shape[2:]) // 16))
+    if "minimal" in EFFORTS:
+        ours(f"minexp minimal, cells of {fine.cell}", "minimal", few, SMALL_CHUNK, minimisation=fine)
+    ours("minexp paper", "refined", round(few * PAPER_SHARE), 1, masker=None, preset="paper")
     chosen = None if peers is None else {name.strip() for name in peers.split(",")}
     for peer in PEERS:
         if chosen is not None and peer.name not in chosen:
@@ -289,107 +255,28 @@ def measure(
         if (why := missing(peer)) is not None:
             print(why, file=sys.stderr)
             continue
-        for budget, share in peer.shares:
-            n, shown = max(2, round(images * share)), "default" if budget is None else str(budget)
+        for budget in peer.budgets:
+            n = few if peer.costly or budget is not None else images
+            shown = "default" if budget is None else str(budget)
+            find = partial(_of_part, peer, judge, x, label, budget)
             try:
-                add(peer.name, shown, partial(of_peer, peer, judge, x[:n], label[:n], budget))
+                add(peer.name, shown, n, CHUNK if n > few else SMALL_CHUNK, job, find)
             except Exception as error:  # a peer that breaks is left out, and said to be
                 print(f"{peer.name} failed: {type(error).__name__}: {error}", file=sys.stderr)
-    rows = table(results)
+    bar.close()
+    rows = results.rows()
     if stem is not None:
         plot(rows, stem)
     return rows
 
 
-def table(results: Sequence[Measured]) -> list[dict[str, Any]]:
-    """A line an explainer, minexp's first; `paired` is against its `minimal`, where that was run."""
-    results = sorted(results, key=lambda found: not found.name.startswith("minexp"))
-    minimal = next((found for found in results if found.name == "minexp minimal"), None)
-    return [row(found, minimal) for found in results]
+def _of_part(peer: Peer, judge: Judge, x: Tensor, label: Tensor, budget: int | None, part: slice) -> Found:
+    return of_peer(peer, judge, x[part], label[part], budget)
 
 
-def read(stem: Path, job: str) -> list[Measured]:
-    """What an earlier run of this job has measured."""
-    path = stem.with_name(f"{stem.name}_images.csv")
-    if not path.is_file():
-        return []
-    with path.open(encoding="utf-8", newline="") as file:
-        lines = [line for line in csv.DictReader(file) if line["job"] == job]
-    names = (*FIGURES, *CURVES, *SPENT)
-    return [
-        Measured(*key, {n: np.array([float(line[n]) for line in group]) for n in names})
-        for key, group in (
-            (key, [line for line in lines if (line["explainer"], line["budget"]) == key])
-            for key in dict.fromkeys((line["explainer"], line["budget"]) for line in lines)
-        )
-    ]
-
-
-def write(rows: Sequence[dict[str, Any]], results: Sequence[Measured], stem: Path, job: str) -> None:
-    """The table as Markdown and CSV, and the figures of every image as CSV."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    names = (*FIGURES, *CURVES, *SPENT)
-    with replacing(stem.with_suffix(".csv")) as path, path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="", extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
-    single = stem.with_name(f"{stem.name}_images.csv")
-    with replacing(single) as path, path.open("w", encoding="utf-8", newline="") as file:
-        lines = csv.writer(file)
-        lines.writerow(["job", "explainer", "budget", "image", *names])
-        for found in results:
-            for image, values in enumerate(zip(*(found.figures[name] for name in names), strict=True)):
-                lines.writerow([job, found.name, found.budget, image, *(f"{value:.6g}" for value in values)])
-    shown = [[_cell(line.get(column)) for column in COLUMNS] for line in rows]
-    cells = ["| " + " | ".join(line) + " |" for line in (list(COLUMNS), ["---"] * len(COLUMNS), *shown)]
-    write_text(stem.with_suffix(".md"), "\n".join(cells) + "\n")
-
-
-def _cell(value: Any) -> str:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def plot(rows: Sequence[dict[str, Any]], stem: Path) -> None:
-    """Area against robustness, and area against cost."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("no plots: matplotlib is not installed (pip install 'minexp[bench]')", file=sys.stderr)
-        return
-    for name, column, title in (
-        ("robustness", "held", "class kept on held-out backgrounds"),
-        ("cost", "evaluations", "classifier evaluations an image"),
-    ):
-        figure = Figure(figsize=(9, 5), layout="constrained")
-        axes = figure.subplots()
-        for number, line in enumerate(rows, 1):
-            ours, few = line["explainer"].startswith("minexp"), line["images"] < FEW
-            text = line["explainer"] + ("" if line["budget"] == "default" else f" ({line['budget']})")
-            place = line[column], line["area"]
-            axes.plot(
-                *place,
-                "o" if ours else "s",
-                color="#c2410c" if ours else "#475569",
-                fillstyle="none" if few else "full",
-                linestyle="none",
-                label=f"{number}  {text}" + (f", {line['images']} images" if few else ""),
-            )
-            # names would hide one another where explainers are alike
-            beside = (-5, -10) if number % 2 else (5, 3)
-            axes.annotate(
-                str(number),
-                place,
-                xytext=beside,
-                textcoords="offset points",
-                fontsize=8,
-                ha="right" if number % 2 else "left",
-            )
-        figure.legend(loc="outside right upper", fontsize=8, frameon=False)
-        if column == "evaluations":
-            axes.set_xscale("log")
-        axes.set(xlabel=title, ylabel="share of the pixels kept", ylim=(0, None))
-        axes.margins(x=0.06)
-        axes.grid(alpha=0.25)
-        figure.savefig(stem.with_name(f"{stem.name}_{name}.png"), dpi=120)
+def fingerprint(masker: Masker) -> str:
+    """Of its weights: another masker gives other masks."""
+    digest = hashlib.sha256()
+    for value in masker.state_dict().values():
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

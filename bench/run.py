@@ -14,9 +14,20 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-NOT_SUITES = ("run", "rows", "test_kernels", "attributions")
-OPTIONS = ("images", "out", "variant", "peers", "seed", "model", "data", "weights", "scenes", "rows")
-SUITES = tuple(sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in NOT_SUITES))
+SUITES = ("kernels", "explain", "data", "deploy", "mosaic", "peers", "ablation", "circuit", "scale")
+OPTIONS = (
+    "images",
+    "costly_images",
+    "out",
+    "variant",
+    "peers",
+    "seed",
+    "model",
+    "data",
+    "weights",
+    "scenes",
+    "rows",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     parser.add_argument("--quiet", action="store_true", help="print no progress")
     parser.add_argument("--images", type=int, help="images to explain")
+    parser.add_argument("--costly-images", type=int, help="images for explainers that take seconds each")
     parser.add_argument("--out", help="folder for tables and plots")
     parser.add_argument("--variant", help="scenes to compare explainers on")
     parser.add_argument("--scenes", type=int, help="scenes of a job from end to end")

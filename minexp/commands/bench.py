@@ -26,6 +26,8 @@ class Bench(Command):
     explanations."""
     images: int | None = None
     """Images to explain (mosaic, peers, ablation, circuit)."""
+    costly_images: int | None = None
+    """Images, of those, for explainers that take seconds each; by default a tenth (peers)."""
     out: Path | None = None
     """Folder for tables and plots; a demo in its subfolder VARIANT lends classifier and masker (peers, ablation,
     circuit)."""
@@ -55,6 +57,9 @@ class Bench(Command):
                 "the benchmarks are not installed with the package; run this in a source checkout"
             )
         options = [f"--{name}" for name in ("json", "quiet") if getattr(self, name)]
-        names = ("images", "out", "variant", "peers", "seed", "model", "data", "weights", "scenes", "rows")
-        options += [f"--{name}={value}" for name in names if (value := getattr(self, name)) is not None]
+        names = ("images", "costly_images", "out", "variant", "peers", "seed", "model", "data", "weights")
+        given = {name: getattr(self, name) for name in (*names, "scenes", "rows")}
+        options += [
+            f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None
+        ]
         return int(runpy.run_path(str(script))["main"]([self.suite, *options]) or DONE)
