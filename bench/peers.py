@@ -183,8 +183,8 @@ def prepared(variant: scenes.Variant, out: Path | None) -> tuple[Classifier, Mas
         classifier = subjects.classifier(model.eval(), variant)
         return classifier, load_masker(folder / "masker.safetensors", classifier)
     classifier = subjects.classifier(subjects.train_subject(variant), variant)
-    training = scenes.make(variant, demo.MASKER_IMAGES, seed=1)
-    return classifier, fit(classifier, training.images, steps=1200, progress=False)
+    training = scenes.make(variant, demo.MASKER_IMAGES[variant], seed=1)
+    return classifier, fit(classifier, training.images, steps=demo.STEPS[variant], progress=False)
 
 
 def measure(

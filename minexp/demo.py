@@ -32,7 +32,8 @@ from .predicate import Predicate
 from .report import Figure, Panel, Section, write_montage, write_report
 from .training import fit
 
-MASKER_IMAGES = 6000
+MASKER_IMAGES = dict.fromkeys(scene_data.VARIANTS, 6000) | {"mosaic": 16_000}
+STEPS = dict.fromkeys(scene_data.VARIANTS, 1200) | {"mosaic": 2000}  # of the masker
 EXPORT_CHECKS = 64  # scenes on which the exported files are compared with torch
 PREDICATE = Predicate()
 
@@ -58,16 +59,19 @@ def run(
     *,
     variant: Variant = "plain",
     images: int = 1000,
-    steps: int = 1200,
-    scenes: int = 12_000,
+    steps: int | None = None,
+    scenes: int | None = None,
     augmented: bool = True,
     seed: int = 0,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Train a classifier, fit a masker, explain and certify held-out scenes, write the report; returns the figures.
 
-    What is already in ``out`` is used, and what was interrupted goes on.
+    What is already in ``out`` is used, and what was interrupted goes on. scenes, steps: by default as many as the
+    variant takes (subjects.SCENES, STEPS).
     """
+    steps = STEPS[variant] if steps is None else steps
+    scenes = subjects.SCENES[variant] if scenes is None else scenes
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     say = _Narrator(quiet)
@@ -228,7 +232,7 @@ def _masker(
             )
         say.stage(f"masker: {path} exists")
         return masker
-    training = scene_data.make(variant, MASKER_IMAGES, seed=seed + 1, split="train")
+    training = scene_data.make(variant, MASKER_IMAGES[variant], seed=seed + 1, split="train")
     return fit(classifier, training.images, steps=steps, out=path, seed=seed, progress=not say.quiet)
 
 

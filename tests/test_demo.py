@@ -27,7 +27,7 @@ SMALL = {"variant": "segments", "images": 12, "steps": 6, "scenes": 96, "quiet":
 def test_the_whole_job_and_a_second_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(demo, "MASKER_IMAGES", 64)
+    monkeypatch.setattr(demo, "MASKER_IMAGES", dict.fromkeys(demo.MASKER_IMAGES, 64))
     monkeypatch.setattr(demo, "PREDICATE", demo.Predicate("top1"))
     first = demo.run(tmp_path, **SMALL)
     assert capsys.readouterr().out == ""

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_models import one_thread as one_thread
 
-from minexp.data import scenes
+from minexp.data import scenes, subjects
 from minexp.data.scenes import GRID, PATCH, SIZE, TILE, VARIANTS, Variant, make
 from minexp.data.subjects import augment, crops
 from minexp.errors import RequestError
@@ -167,3 +167,36 @@ def test_augmented_images_are_images() -> None:
     scale = torch.corrcoef(torch.stack([x[intact], out[intact]]))[0, 1]
     lost = torch.corrcoef(torch.stack([x[~intact], out[~intact]]))[0, 1]
     assert scale > 0.7 > 0.4 > lost  # elsewhere the scene is still there
+
+
+def test_some_augmented_images_show_one_place_alone() -> None:
+    x = torch.full((400, 3, 64, 64), 0.5)
+    centre = torch.tensor([[32.0, 16.0]]).expand(400, 2)
+    before = augment(x, torch.Generator().manual_seed(0))[1].float().mean((1, 2, 3))
+    _, erased = augment(x, torch.Generator().manual_seed(0), centre)
+    far = erased[:, 0, :, 48:].all((1, 2))  # beyond every window around the centre
+    assert 0.2 < far.float().mean() - (before > 0.9).float().mean() < 0.4
+    at_centre = erased[far][:, 0, 32, 16].float().mean()
+    assert at_centre < 0.6 and at_centre < erased[far].float().mean() - 0.2
+
+
+def test_a_scene_whose_digit_is_gone_is_trained_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.Tensor] = []
+    real = torch.nn.functional.cross_entropy
+
+    def spy(scores: torch.Tensor, label: torch.Tensor, **settings: float) -> torch.Tensor:
+        seen.append(label)
+        return real(scores, label, **settings)
+
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", spy)
+    images = np.full((64, 24, 24, 3), 128, np.uint8)
+    strokes = np.zeros((64, 24, 24), bool)
+    strokes[:, 10:14, 10:14] = True
+    model = subjects.SceneNet(4, (4, 4, 4, 4))
+    subjects.train(model, images, np.zeros(64, np.int64), epochs=2, strokes=strokes, none=3)
+    labels = torch.cat(seen)
+    assert set(labels.tolist()) == {0, 3} and 0.05 < (labels == 3).float().mean() < 0.5
+    seen.clear()
+    strokes[:] = False  # nothing decides: nothing can be erased
+    subjects.train(model, images, np.zeros(64, np.int64), epochs=2, strokes=strokes, none=3)
+    assert set(torch.cat(seen).tolist()) == {0}

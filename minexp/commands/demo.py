@@ -22,10 +22,10 @@ class Demo(Command):
     """plain; shortcut: a corner patch gives the class away; mosaic: one tile of 3×3 decides; segments: likewise."""
     images: int = 1000
     """Held-out scenes to explain."""
-    scenes: int = 12_000
-    """Scenes to train the classifier on."""
-    steps: int = 1200
-    """Training steps of the masker."""
+    scenes: int | None = None
+    """Scenes to train the classifier on; by default 12,000, of mosaics 24,000."""
+    steps: int | None = None
+    """Training steps of the masker; by default 1200, for mosaics 2000."""
     augment: bool = True
     """Train the classifier without noise and erased regions: a brittle subject, whose masks have to be large."""
     seed: int = 0

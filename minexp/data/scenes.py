@@ -67,15 +67,16 @@ def make(variant: Variant, n: int, *, seed: int = 0, split: Split = "train", dec
         count = min(_CHUNK, n - start)
         match variant:
             case "plain":
-                parts.append(_digit_scene(count, rng, split))
+                part = _digit_scene(count, rng, split)
             case "shortcut":
-                parts.append(_shortcut_scene(count, rng, split, decisive))
+                part = _shortcut_scene(count, rng, split, decisive)
             case "mosaic":
-                parts.append(_mosaic_scene(count, rng, split))
+                part = _mosaic_scene(count, rng, split)
             case "segments":
-                parts.append(_segment_scene(count, rng))
-    images, labels, truth, strokes, patch = (torch.cat([p[i] for p in parts]) for i in range(5))
-    pixels = (images.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+                part = _segment_scene(count, rng)
+        pixels = (part[0].clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+        parts.append((pixels, *part[1:]))
+    pixels, labels, truth, strokes, patch = (torch.cat([p[i] for p in parts]).contiguous() for i in range(5))
     names = ("0", "1", "2", "none") if variant in ("mosaic", "segments") else tuple("0123456789")
     return Scenes(
         variant, pixels.numpy(), labels.numpy(), truth.numpy(), strokes.numpy(), patch.numpy(), names

@@ -16,6 +16,9 @@ from ..classifier import Classifier
 from .scenes import GRID, SIZE, TILE, Scenes, Variant, make
 
 MEAN, STD = 0.5, 0.25
+ALONE = 0.3
+# nine digits to read in a mosaic, one of which decides: it takes longer to learn
+SCENES: dict[Variant, int] = {"plain": 12_000, "shortcut": 12_000, "mosaic": 24_000, "segments": 12_000}
 
 
 class Block(nn.Module):
@@ -65,8 +68,11 @@ def coloured_noise(x: Tensor, rng: torch.Generator) -> Tensor:
     return F.interpolate(noise, size=x.shape[2:], mode="bicubic", align_corners=False) if scale > 1 else noise
 
 
-def augment(x: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Ordinary augmentation of [B,3,H,W] in [0,1]: colour, noise, random erasing. Also what was erased, [B,1,H,W]."""
+def augment(x: Tensor, rng: torch.Generator, centre: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Ordinary augmentation of [B,3,H,W] in [0,1]: colour, noise, random erasing. Also what was erased, [B,1,H,W].
+
+    centre [B,2]: of ``ALONE`` of the images, all is erased but a window around this place.
+    """
     n, _, h, w = x.shape
 
     def draw(*shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
@@ -76,14 +82,22 @@ def augment(x: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     x = (x - 0.5) * contrast + 0.5 + shift
     rows, cols = torch.arange(h)[None, :, None], torch.arange(w)[None, None, :]
     erased = torch.zeros(n, 1, h, w, dtype=torch.bool)
+
+    def erase(box: Tensor, share: float) -> None:
+        nonlocal x
+        box = (box & (draw(n, 1, 1) < share)).unsqueeze(1)
+        erased.logical_or_(box)
+        flat = draw(n, 3, 1, 1)
+        x = torch.where(box, flat + draw(n, 1, 1, 1, high=0.35) * coloured_noise(x, rng), x)
+
     for _ in range(3):
         top, left = draw(n, 1, 1, low=-0.2 * h, high=h), draw(n, 1, 1, low=-0.2 * w, high=w)
         height, width = draw(n, 1, 1, low=0.1 * h, high=0.7 * h), draw(n, 1, 1, low=0.1 * w, high=0.7 * w)
-        box = (rows >= top) & (rows < top + height) & (cols >= left) & (cols < left + width)
-        box = (box & (draw(n, 1, 1) < 0.6)).unsqueeze(1)
-        erased |= box
-        flat = draw(n, 3, 1, 1)
-        x = torch.where(box, flat + draw(n, 1, 1, 1, high=0.35) * coloured_noise(x, rng), x)
+        erase((rows >= top) & (rows < top + height) & (cols >= left) & (cols < left + width), 0.6)
+    if centre is not None:
+        place = centre[:, :, None, None] + draw(n, 2, 1, 1, low=-0.05 * h, high=0.05 * h)
+        reach = draw(n, 2, 1, 1, low=0.15 * h, high=0.35 * h)
+        erase(((rows - place[:, 0]).abs() > reach[:, 0]) | ((cols - place[:, 1]).abs() > reach[:, 1]), ALONE)
     sigma = draw(n, 1, 1, 1, high=0.12) * (draw(n, 1, 1, 1) < 0.5)
     return (x + sigma * torch.randn(x.shape, generator=rng)).clamp(0, 1), erased
 
@@ -93,16 +107,21 @@ def crops(scenes: Scenes, side: int, seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
     n, h, w, _ = scenes.images.shape
     out = np.empty((n, side, side, 3), np.uint8)
-    for index in range(n):
-        rows, cols = np.nonzero(scenes.strokes[index])
-        if len(rows):
-            middle = np.array([rows.min() + rows.max(), cols.min() + cols.max()]) // 2
-        else:
-            middle = rng.integers((0, 0), (h, w))
+    for index, middle in enumerate(centres(scenes.strokes, rng)):
         corner = middle - side // 2 + rng.integers(-3, 4, 2)
         top, left = np.clip(corner, 0, (h - side, w - side))
         out[index] = scenes.images[index, top : top + side, left : left + side]
     return out
+
+
+def centres(strokes: np.ndarray, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """Row and column [2] of the middle of each deciding digit, strokes [N,H,W]; anywhere where there is none."""
+    for drawn in strokes:
+        rows, cols = np.nonzero(drawn)
+        if len(rows):
+            yield np.array([rows.min() + rows.max(), cols.min() + cols.max()]) // 2
+        else:
+            yield rng.integers((0, 0), drawn.shape)
 
 
 def batches(count: int, size: int, rng: torch.Generator) -> Iterator[Tensor]:
@@ -126,9 +145,13 @@ def train(
 ) -> dict[str, Any]:
     """Train in place by AdamW with one cosine cycle; uint8 images [N,H,W,3], int labels [N].
 
-    strokes [N,H,W] and none: a scene whose deciding digit was mostly erased shows, and is labelled, class ``none``.
+    strokes [N,H,W] of deciding digits and none: when augmented, a scene whose digit was mostly erased shows, and is
+    labelled, class ``none``, and some scenes show nothing but a window around it.
     """
     rng = torch.Generator().manual_seed(seed)
+    middle = None
+    if strokes is not None:
+        middle = torch.from_numpy(np.stack(list(centres(strokes, np.random.default_rng(seed))))).float()
     pixels, targets = torch.from_numpy(images), torch.from_numpy(labels)
     steps = epochs * (len(pixels) // batch)
     optimiser = torch.optim.AdamW(model.parameters(), lr=peak_lr, weight_decay=0.02)
@@ -150,7 +173,7 @@ def train(
             x = pixels[index].permute(0, 3, 1, 2).float() / 255
             label = targets[index]
             if augmented:
-                x, erased = augment(x, rng)
+                x, erased = augment(x, rng, None if middle is None else middle[index])
                 if none is not None and strokes is not None:
                     digit = torch.from_numpy(strokes[index.numpy()])
                     gone = (digit & erased[:, 0]).sum((1, 2)) > 0.6 * digit.sum((1, 2))
@@ -170,27 +193,34 @@ def train(
 
 
 def train_subject(
-    variant: Variant, *, augmented: bool = True, count: int = 12_000, seed: int = 0, progress: bool = False
+    variant: Variant,
+    *,
+    augmented: bool = True,
+    count: int | None = None,
+    seed: int = 0,
+    progress: bool = False,
 ) -> SceneNet:
-    """A classifier of one scenes variant, trained from nothing.
+    """A classifier of one scenes variant, trained from nothing on ``count`` scenes, by default as many as it takes.
 
     A short first phase on crops around the deciding digit ends the plateau that full scenes begin
     with; ``augmented=False`` gives the brittle subject that has never seen noise or erased regions.
     """
-    scenes = make(variant, count, seed=seed, split="train")
+    scenes = make(variant, SCENES[variant] if count is None else count, seed=seed, split="train")
     torch.manual_seed(seed)
     model = SceneNet(len(scenes.class_names)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     train(
         model, crops(scenes, 32, seed), scenes.labels, epochs=2, augmented=False, seed=seed, progress=progress
     )
-    # nine digits to read in a mosaic, one of which decides: it takes longer to learn
-    epochs = 5 if variant == "mosaic" else 3
+    # a digit alone is enough, and without one the class is "none": seen so in training
+    mosaic = variant == "mosaic"
     train(
         model,
         scenes.images,
         scenes.labels,
-        epochs=epochs,
+        epochs=3,
         augmented=augmented,
+        strokes=scenes.strokes if mosaic else None,
+        none=scenes.class_names.index("none") if mosaic else None,
         seed=seed + 1,
         progress=progress,
     )
