@@ -22,7 +22,7 @@ from minexp.jobs import circuits as job
 from minexp.jobs.engine import Placement
 from minexp.targets import Target
 
-QUICK: dict[str, Any] = {"sizes": (0.1, 0.5, 1.0), "controls": 2, "members": 2}
+QUICK: dict[str, Any] = {"metric": "log_prob", "sizes": (0.1, 0.5, 1.0), "controls": 2, "members": 2}
 NOT_SAME = ["seconds", "passes"]  # what reading took, of which images share some
 
 
