@@ -22,7 +22,9 @@ def circuit() -> minexp.Circuit:
     x = toys.image()
     reference = (x.expand(8, 3, 4, 4) * 0.1).clone()
     classifier = toys.classifier(toys.Skip(), class_names=("warm", "<cold>"))
-    return minexp.read_circuit(classifier, x, reference=reference, target=0, size=1.0, curve_controls=2)
+    return minexp.read_circuit(
+        classifier, x, reference=reference, target=0, size=1.0, curve_controls=2, metric="logit"
+    )
 
 
 def test_written_and_read_again(circuit: minexp.Circuit, tmp_path: Path) -> None:

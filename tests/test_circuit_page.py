@@ -139,7 +139,8 @@ def test_sliders_change_what_is_drawn(page: Path, shown: Callable[..., Browser])
     assert all(0 < a < c and 0 < b < d for (a, b), (c, d) in zip(less, first, strict=True))
     assert browser.run("document.getElementById('curve').innerHTML") != curve
     columns = browser.run(
-        "circuitPage.panels().map(({graph}) => graph.nodes('.column').map((c) => c.position('x')).join())"
+        "circuitPage.panels().map(({graph}) =>"
+        " graph.nodes('.column').map((column) => column.id() + column.position('x')).sort().join())"
     )
     assert columns[0] == columns[1] and "%" in texts(browser, "#count")[0]
     browser.key("ArrowUp")

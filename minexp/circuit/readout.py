@@ -73,7 +73,10 @@ def ablate_circuit(
     """
     if circuit.fingerprint != classifier.fingerprint:
         raise RequestError("the circuit was read from another classifier; give the one it is of")
-    chosen = replace(settings or Settings(), **{"mode": circuit.mode, "level": circuit.level, **changes})
+    own: dict[str, Any] = {"mode": circuit.mode, "level": circuit.level}
+    if settings is None and circuit.test is not None:
+        own["metric"] = circuit.test.metric  # what it was chosen to keep
+    chosen = replace(settings or Settings(), **own | changes)
     blank = None if explanation is None else explanation.background
     reader = Reader(classifier, chosen, reference=reference, blank=blank)
     images, label = reader.prepare(x, explanation, None if circuit.label < 0 else circuit.label)
