@@ -105,6 +105,8 @@ def test_trying_ahead_changes_no_answer() -> None:
     label, start = label_of(bound, x), everything(bound, x)
     one, many = (minimise(bound, x, label, start, Minimisation(cell=2, ahead=n)) for n in (1, 8))
     assert torch.equal(one.masks, many.masks) and torch.equal(one.minimal_at, many.minimal_at)
+    chosen = Minimisation().lookahead(torch.device("cpu")), Minimisation().lookahead(torch.device("cuda"))
+    assert chosen == (1, 4) and Minimisation(ahead=2).lookahead(torch.device("cpu")) == 2
 
 
 def test_a_budget_is_kept_and_what_it_left_is_finished_later() -> None:
