@@ -245,7 +245,7 @@ def classifier():
 
 @pytest.mark.parametrize(("number", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGKILL", -9)])
 def test_a_stopped_job_goes_on_where_it_was(masker: Path, tmp_path: Path, number: str, code: int) -> None:
-    count = 900
+    count = 400
     images = np.random.default_rng(0).integers(0, 256, (count, SIZE, SIZE, 3), dtype=np.uint8)
     np.savez(tmp_path / "x.npz", x=images)
     out = tmp_path / "out"
