@@ -266,6 +266,7 @@ def measure(
     bar.close()
     rows = results.rows()
     if stem is not None:
+        results.write(stem)  # also where nothing was left to measure
         plot(rows, stem)
     return rows
 

@@ -107,7 +107,7 @@ class Results:
             measured = Measured(measured.name, measured.budget, figures)
         self._put(measured, job)
         if self.stem is not None:
-            self._write(self.stem)
+            self.write(self.stem)
 
     def rows(self) -> list[dict[str, Any]]:
         """A line an explainer, minexp's first; `paired` is against its `minimal`, where that was run.
@@ -126,7 +126,7 @@ class Results:
                     line["break_even"] = math.ceil(self.fit_seconds / saved)
         return lines
 
-    def _write(self, stem: Path) -> None:
+    def write(self, stem: Path) -> None:
         """The table as Markdown and CSV, and the figures of every image as CSV."""
         stem.parent.mkdir(parents=True, exist_ok=True)
         rows = self.rows()
