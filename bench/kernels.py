@@ -16,7 +16,6 @@ most. Every result is compared with the eager one before it is timed.
 from __future__ import annotations
 
 import argparse
-import csv
 import ctypes
 import os
 import platform
@@ -32,6 +31,8 @@ from typing import Any
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, which counts memory, is quiet
 
 import torch
+from rows import COLUMNS as ROWS
+from rows import table, write_csv
 from torch import Tensor
 from torch.nn import functional
 
@@ -45,23 +46,7 @@ NETWORKS: dict[str, list[tuple[int, ...]]] = {
     "vit_b": [(768, 197)] * 4,
 }
 EDGES = [(512, 512, 16), (1024, 256, 16), (2048, 512, 16), (2048, 512, 32)]
-COLUMNS = [
-    "op",
-    "provider",
-    "mode",
-    "shape",
-    "threads",
-    "p20",
-    "p50",
-    "p80",
-    "bound",
-    "ratio",
-    "speedup",
-    "bandwidth",
-    "peak",
-    "device",
-    "versions",
-]
+COLUMNS = (*ROWS, "peak", "device", "versions")
 Row = dict[str, Any]
 Calls = dict[str, Callable[[], Any]]
 
@@ -404,16 +389,10 @@ def _write(rows: list[Row], device: torch.device, out: Path) -> None:
     kernels = kernel_status()
     if not kernels[device.type]:
         versions += f", no kernels: {kernels['why'][device.type]}"
-    out.mkdir(parents=True, exist_ok=True)
     stem = out / f"kernels-{device.type}"
-    with open(stem.with_suffix(".csv"), "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        for row in rows:
-            row |= {"device": name, "versions": versions}
-            writer.writerow(
-                {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
-            )
+    for row in rows:
+        row |= {"device": name, "versions": versions}
+    write_csv(rows, stem, COLUMNS)
     _plot(rows, device.type, stem.with_suffix(".png"))
 
 
@@ -436,8 +415,6 @@ def _plot(rows: list[Row], device: str, path: Path) -> None:
 
 
 def _main() -> None:
-    from rows import table
-
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -125,5 +125,5 @@ def test_the_runner_measures_checks_and_writes(tmp_path: Path, monkeypatch: pyte
     rows += kernels.edge_case(8, 32, 4, batch=2, threads=1, device=torch.device("cpu"))
     kernels._write(rows, torch.device("cpu"), tmp_path)
     written = (tmp_path / "kernels-cpu.csv").read_text().splitlines()
-    assert written[0].split(",") == kernels.COLUMNS and len(written) == 1 + len(rows)
+    assert written[0].split(",") == list(kernels.COLUMNS) and len(written) == 1 + len(rows)
     assert all(row["p20"] <= row["p50"] <= row["p80"] and row["peak"] > 0 for row in rows)
