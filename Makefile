@@ -7,13 +7,14 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INPUTS := pyproject.toml constraints.txt $(wildcard setup.py CMakeLists.txt csrc/*)
 OUT ?= out/demo
+JOBS ?= 2
 
 .PHONY: demo test check docs venv vendor clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    built-in scenes, end to end: classifier, masker, explanations, report (in $(OUT))"
-	@echo "make test    the test suite"
+	@echo "make test    the test suite, in JOBS=2 processes"
 	@echo "make check   ruff, formatting and types"
 	@echo "make docs    the documentation, strictly, in site/"
 	@echo "make venv    the virtual environment alone"
@@ -23,7 +24,8 @@ demo: $(VENV)/stamp
 	$(BIN)/minexp demo --out $(OUT)
 
 test: $(VENV)/stamp $(VENV)/vision
-	$(BIN)/python -m pytest -q
+	@# A file's tests stay in one process, which shares what they make; a thread each, or processes get in each other's way.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
 check: $(VENV)/stamp
 	$(BIN)/ruff check
