@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .families import FROM_IMAGE, FROM_REFERENCE, HELD_OUT, OTHER, POOL, RANDOM, TRAINING
+from .families import DEFAULT, FROM_IMAGE, FROM_REFERENCE, HELD_OUT, OTHER, POOL, RANDOM, TRAINING
 
 __all__ = [
+    "DEFAULT",
     "FAMILIES",
     "FROM_IMAGE",
     "FROM_REFERENCE",

@@ -17,11 +17,18 @@ from .microbatch import MicroBatch
 from .predicate import Predicate, Question, Sufficient
 
 WAVE = 4  # checks of one image asked at once: one draw a family
+EXACT = 4  # images; kernels for smaller batches round gradients differently
+GRADIENT = 2  # evaluations that one gradient counts as: the pass forward and as much again backward
 
 
 def dilate(mask: Tensor) -> Tensor:
     """Masks [B,1,H,W] (bool) grown by one pixel on all sides."""
     return F.max_pool2d(mask.float(), 3, 1, 1).bool()
+
+
+def repeated(x: Tensor) -> Tensor:
+    """x [B,...] as often as gives EXACT images or more, where it has fewer: no count of evaluations includes these."""
+    return x if len(x) >= EXACT else x.repeat(-(-EXACT // len(x)), *(1,) * (x.dim() - 1))
 
 
 @dataclass(frozen=True)
@@ -194,17 +201,41 @@ class Judge:
 
     def _shown(self, x: Tensor, mask: Tensor, check: int) -> Tensor:
         """What the classifier is shown of x [B,C,H,W] in one check."""
+        widened = 0 < check <= self.predicate.dilated
+        return self.question.show(dilate(mask) if widened else mask, x, self._background(x, check))
+
+    def _background(self, x: Tensor, check: int) -> Tensor:
+        """What one check puts behind the masks of x [B,C,H,W]; of one image, where it is the same for all."""
         plain = 1 + self.predicate.dilated
         if check < plain:
-            return self.question.show(mask if check == 0 else dilate(mask), x, self.backgrounds.default(x))
+            return self.backgrounds.default(x)
         family, number = RANDOM[(check - plain) % len(RANDOM)], (check - plain) // len(RANDOM)
         pool = max(
             POOL, -(-self.predicate.repeats * self.predicate.draws // len(RANDOM))
         )  # no draw counts twice
         like = x[:1] if self.backgrounds.shared(family) else x
         picks = torch.full((len(like), 1), number)
-        drawn = self.backgrounds.draw(family, like, picks, purpose="predicate", pool=pool)[:, 0]
-        return self.question.show(mask, x, drawn)
+        return self.backgrounds.draw(family, like, picks, purpose="predicate", pool=pool)[:, 0]
+
+    def backgrounds_of(self, x: Tensor, checks: Tensor) -> Tensor:
+        """[B,C,H,W]: what check number ``checks`` [B] puts behind the mask of each image of x [B,C,H,W]."""
+        behind = torch.empty_like(x)
+        for number in checks.unique().tolist():
+            place = (checks == number).nonzero().flatten()
+            behind[place] = self._background(x[place], number).to(x.dtype)
+        return behind
+
+    def slope(self, x: Tensor, decision: Tensor, mask: Tensor, background: Tensor) -> Tensor:
+        """What showing more of each pixel of x [B,C,H,W] adds to the decision's score, to first order: [B,1,H,W].
+
+        mask [B,1,H,W]: how much of each is shown now, in [0, 1]. It counts as GRADIENT evaluations an image.
+        """
+        with torch.enable_grad():
+            value = mask.clone().requires_grad_(True)
+            shown = value * x + (1 - value) * background
+            scores = self.classifier.logits(repeated(shown))[: len(x)]
+            (slope,) = torch.autograd.grad(-self.target.loss(scores, decision).sum(), value)
+        return slope
 
     def _margin(self, scores: Tensor, decision: Tensor) -> Tensor:
         """[N], positive where a check is passed."""

@@ -17,16 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backgrounds import RANDOM
-from .judge import Judge, harder
+from .judge import GRADIENT, Judge, harder
 from .repair import Masks
 
 CHECKS = 6  # of the predicate's checks that a draft is held to
-GRADIENT = 2  # evaluations that one gradient counts as: the pass forward and as much again backward
 
 
 @dataclass(frozen=True)
 class Minimisation:
-    """How to minimise: ``cell`` side in pixels (by default an 8th of the image's shorter side).
+    """How to minimise: ``cell`` side in pixels (by default a fifth of the image's shorter side).
     Finer cells give smaller masks that hold on fewer backgrounds not seen.
 
     levels: grids tried, each with cells twice as wide as the next, the last of side ``cell``.
@@ -46,7 +45,7 @@ class Minimisation:
 
     def side(self, shape: torch.Size) -> int:
         """The cell's side in pixels for images [..., H, W]."""
-        return max(1, min(shape[-2:]) // 8) if self.cell is None else self.cell
+        return max(1, min(shape[-2:]) // 5) if self.cell is None else self.cell
 
 
 def minimise(
@@ -264,13 +263,7 @@ class _Search:
             random = judge.backgrounds.draw(RANDOM[0], x, picks, purpose="minimise")[:, 0]
             total = torch.zeros_like(mask)
             for background in (judge.backgrounds.default(x), random):
-                value = mask.clone().requires_grad_(True)
-                shown = value * x + (1 - value) * background
-                # beside a copy where it is alone: kernels for one image round differently
-                together = shown if len(part) > 1 else shown.repeat(2, 1, 1, 1)
-                scores = judge.classifier.logits(together)[: len(part)]
-                (gradient,) = torch.autograd.grad(-judge.target.loss(scores, decision).sum(), value)
-                total += gradient * mask
+                total += judge.slope(x, decision, mask, background) * mask
             self.importance[part] = total
         self.spent[active] += 2 * GRADIENT
 

@@ -163,18 +163,59 @@ def evaluate_terms(
     both, features = classifier.features(torch.cat([explained, shifted]))
     logits, random_logits = both[:b], both[b:]
     values = {
+        **_answer(objective, classifier, target, logits, [layer[:b] for layer in features]),
+        "rob": classifier.target.loss(random_logits, target.decision),
+        **_shape(p, mask),
+    }
+    with torch.no_grad():
+        kept, robust = (classifier.target.kept(scores, target.decision) for scores in (logits, random_logits))
+    return Terms(values, kept, robust)
+
+
+def evaluate_on(
+    objective: Objective,
+    classifier: Classifier,
+    x: Tensor,
+    p: Tensor,
+    mask: Tensor,
+    target: Target,
+    background: Tensor,
+    *,
+    random: bool,
+) -> Terms:
+    """The terms that are about one background, a random one or the default one, as evaluate_terms has them."""
+    shown = mask * x + (1 - mask) * background
+    if random:
+        logits = classifier.logits(shown)
+        answer = {"rob": classifier.target.loss(logits, target.decision)}
+    else:
+        logits, features = classifier.features(shown)
+        answer = _answer(objective, classifier, target, logits, features)
+    with torch.no_grad():
+        kept = classifier.target.kept(logits, target.decision)
+    return Terms({**answer, **_shape(p, mask)}, kept, kept)
+
+
+def _answer(
+    objective: Objective, classifier: Classifier, target: Target, logits: Tensor, features: Sequence[Tensor]
+) -> dict[str, Tensor]:
+    """The terms about the answer to the explanation on the default background."""
+    values = {
         "ce": classifier.target.loss(logits, target.decision),
         "kl": classifier.target.divergence(target.logits, logits),
-        "rob": classifier.target.loss(random_logits, target.decision),
+    }
+    if objective.match != "off" and objective.act:
+        values["act"] = activation_match(objective, target, features)
+    return values
+
+
+def _shape(p: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """The terms about the mask alone."""
+    return {
         "area": mask.mean((1, 2, 3)),
         "crisp": (p - p * p).mean((1, 2, 3)),
         "tv": total_variation(mask),
     }
-    if objective.match != "off" and objective.act:
-        values["act"] = activation_match(objective, target, [layer[:b] for layer in features])
-    with torch.no_grad():
-        kept, robust = (classifier.target.kept(scores, target.decision) for scores in (logits, random_logits))
-    return Terms(values, kept, robust)
 
 
 class AreaDual:

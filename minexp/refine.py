@@ -9,29 +9,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backgrounds import FAMILIES, FROM_IMAGE, TRAINING
-from .judge import Judge
+from .backgrounds import DEFAULT, FAMILIES, FROM_IMAGE, TRAINING
+from .judge import EXACT, GRADIENT, Judge, repeated
 from .masker import KEEP_ALL, straight_through
-from .objective import PRESETS, Objective, Target, evaluate_terms, make_target
-from .repair import Masks, threshold_masks
+from .objective import PRESETS, Objective, Target, evaluate_on, make_target
+from .repair import GUIDED, Masks, threshold_masks
 
 _OBJECTIVE = replace(PRESETS["default"], soft=0.5)
+_REPAIR = replace(GUIDED, early=False)
+CELLS = 32  # of the grid, along the image's shorter side
 
 
 @dataclass(frozen=True)
 class Refinement:
     """How to optimise: ``steps`` of Adam at rate ``lr`` on logits of one cell per ``stride`` pixels.
 
+    stride: by default so many that the shorter side has CELLS cells. A step shows the explanation on one background,
+    the training families in turn, and takes of the objective the terms that are about it: for as many evaluations,
+    masks end smaller and more robust than when each step shows the default background and a random one.
     The last step's mask is kept, repaired where the predicate fails. check: every so many steps try hard masks against
     the predicate, smaller level sets at the end, too, and keep the smallest that held: such masks are smaller, and hold
     on fewer backgrounds that were not asked.
     """
 
-    steps: int = 60
-    lr: float = 0.25
-    stride: int = 4
+    steps: int = 100
+    lr: float = 0.4
+    stride: int | None = None
     check: int = 0
     objective: Objective = _OBJECTIVE
+
+    def grid(self, shape: torch.Size) -> tuple[int, int]:
+        """Rows and columns of cells for images [..., H, W]."""
+        h, w = shape[-2:]
+        stride = max(1, min(h, w) // CELLS) if self.stride is None else self.stride
+        return max(2, -(-h // stride)), max(2, -(-w // stride))
 
 
 def refine(
@@ -50,11 +61,10 @@ def refine(
     """
     b = len(x)
     numbers = torch.zeros(b, dtype=torch.long) if numbers is None else numbers.cpu()
-    if b == 1:  # kernels for one image round differently, and a descent enlarges that: it goes beside a copy
-        twice = [None if t is None else torch.cat([t, t]) for t in (x, start, numbers)]
-        assert twice[0] is not None
-        pair = refine(judge, twice[0], settings, start=twice[1], numbers=twice[2])
-        return Masks(*(getattr(pair, field.name)[:1] for field in fields(Masks)))
+    if b < EXACT:  # a descent enlarges what kernels for few images round differently
+        begin = None if start is None else repeated(start)
+        several = refine(judge, repeated(x), settings, start=begin, numbers=repeated(numbers))
+        return Masks(*(getattr(several, field.name)[:b] for field in fields(Masks)))
     with judge.classifier.frozen():
         target = make_target(judge.classifier, x, settings.objective, reused=True)
         best: Masks | None = None
@@ -63,10 +73,9 @@ def refine(
             last = step + 1 == settings.steps
             if settings.check and hard and not last and (step + 1) % settings.check == 0:
                 best = _keep_smaller(best, _tried(judge, x, target.decision, p))
-        final = threshold_masks(judge, x, target.decision, p, tighten=bool(settings.check))
+        final = threshold_masks(judge, x, target.decision, p, tighten=bool(settings.check), settings=_REPAIR)
         best = _keep_smaller(best, final)
-    # a gradient step is two images forward and as much again backward; the target is one more forward
-    return replace(best, evaluations=best.evaluations + 2 * 2 * settings.steps + 1)
+    return replace(best, evaluations=best.evaluations + GRADIENT * settings.steps + 1)  # one: the target's
 
 
 def descend(
@@ -80,7 +89,7 @@ def descend(
     """The mask's probabilities [B,1,H,W] after each step but the last, and at the end."""
     classifier, objective = judge.classifier, settings.objective
     b, _, h, w = x.shape
-    grid = (max(2, -(-h // settings.stride)), max(2, -(-w // settings.stride)))
+    grid = settings.grid(x.shape)
     if start is None:
         coarse = torch.full((b, 1, *grid), KEEP_ALL, device=x.device)
     else:
@@ -94,13 +103,14 @@ def descend(
         hard = step >= objective.soft * settings.steps
         p = torch.sigmoid(F.interpolate(coarse, size=(h, w), mode="bilinear", align_corners=False))
         mask = straight_through(p) if hard else p
-        random = _random_backgrounds(judge, x, numbers, step)
-        terms = evaluate_terms(objective, classifier, x, p, mask, target, background, random)
+        family = TRAINING[step % len(TRAINING)]
+        behind = background if family == DEFAULT else _random_backgrounds(judge, x, numbers, step)
+        terms = evaluate_on(objective, classifier, x, p, mask, target, behind, random=family != DEFAULT)
         # a sum over images: each one's gradient is its own, whatever shares the batch
         loss = terms.total(objective, weight) * b
         (gradient,) = torch.autograd.grad(loss, coarse)
         _adam(coarse, gradient, moments, step, settings.lr)
-        held = (terms.kept & terms.robust).to(weight.dtype)
+        held = terms.kept.to(weight.dtype)
         if objective.dual:
             rate = 2 * objective.dual_rate
             weight = (weight * (1 + rate * (2 * held - 1) * torch.where(held > 0, 0.5, 1.0))).clamp(low, high)
@@ -110,17 +120,11 @@ def descend(
 
 
 def _random_backgrounds(judge: Judge, x: Tensor, numbers: Tensor, step: int) -> Tensor:
-    """One training-family background an image, the families in turn."""
-    out = torch.empty_like(x)
-    families = (numbers + step) % len(TRAINING)
-    for index, family in enumerate(TRAINING):
-        assert family in FAMILIES and family not in FROM_IMAGE
-        slots = (families == index).nonzero().flatten()
-        if len(slots):
-            picks = (numbers[slots] * 5 + step // len(TRAINING))[:, None]
-            where = slots.to(x.device)
-            out[where] = judge.backgrounds.draw(family, x[where], picks, purpose="refine", pool=32)[:, 0]
-    return out
+    """Backgrounds [B,C,H,W] of the step's family, for each image the draw that its number says."""
+    family = TRAINING[step % len(TRAINING)]
+    assert family in FAMILIES and family not in FROM_IMAGE
+    picks = (numbers * 5 + step // len(TRAINING))[:, None]
+    return judge.backgrounds.draw(family, x, picks, purpose="refine", pool=32)[:, 0]
 
 
 def _adam(value: Tensor, gradient: Tensor, moments: list[Tensor], step: int, lr: float) -> None:

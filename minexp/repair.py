@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .judge import Judge, harder
+from .judge import GRADIENT, Judge, Verdict, harder
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,8 @@ class Repair:
     quarter more pixels spares most of them a repair. growth: of a mask that fails, each time. bisections: then, between
     the last size that failed and the first that held. enlarge: the least that a mask gains that fresh draws contradict.
     hints: ask the checks first that the mask before failed at. again: ask for the kept pixels' scores once more.
+    early: a miss among the predicate's early draws fails a mask; asking all of them costs more than the next mask.
+    guided: grow where the classifier's gradient, on the background that the mask failed on, says that it helps.
     """
 
     start: float = 1.25
@@ -28,11 +30,19 @@ class Repair:
     enlarge: float = 1.1
     hints: bool = True
     again: bool = False
+    early: bool = False
+    guided: bool = False
 
 
+# Level sets alone, which is what a graph without gradients can do: exported explainers.
 SPARING = Repair()
-# The masker's own mask first, and the smallest size that holds: what exported explainers do.
+GUIDED = Repair(start=1.0, growth=1.2, early=True, guided=True)
+REPAIRS = {"guided": GUIDED, "levels": SPARING}
+# The masker's own mask first, and the smallest size that holds.
 THOROUGH = Repair(start=1.0, growth=1.3, bisections=3, hints=False, again=True)
+
+
+FAINT = 0.15  # share of a pixel outside the mask that is shown where a gradient is taken, and of one inside that is not
 
 
 @dataclass(frozen=True)
@@ -85,11 +95,24 @@ def threshold_masks(
     """
     settings = THOROUGH if settings is None else settings
     h, w = p.shape[2:]
-    flat = p.flatten(1)
+    flat = p.flatten(1).clone() if settings.guided else p.flatten(1)
     ranked = flat.sort(1, descending=True).values
     first = flat > threshold if at_least is None else _level_set(flat, ranked, at_least.clamp(1, h * w))
     count = first.sum(1)
-    verdict = judge.holds(x, decision, first.view(p.shape))
+
+    def ask(index: Tensor, masks: Tensor, hints: Tensor | None) -> Verdict:
+        if not settings.early:
+            return judge.holds(x[index], decision[index], masks, hints=hints)
+        checks = judge.early().expand(len(index), -1)
+        return judge.passes(
+            x[index],
+            decision[index],
+            masks,
+            checks,
+            torch.zeros_like(checks, dtype=x.dtype) if hints is None else hints,
+        )
+
+    verdict = ask(torch.arange(len(x), device=x.device), first.view(p.shape), None)
     ok, spent, scores = verdict.ok, verdict.spent, verdict.scores.clone()
     # what one mask failed at, the next one is asked first
     hints = harder(verdict.margins) if settings.hints else torch.zeros_like(verdict.margins)
@@ -108,12 +131,7 @@ def threshold_masks(
     def attempt(index: Tensor, size: Tensor) -> Tensor:
         """Try level sets of these sizes; the bounds move. Which of them hold?"""
         candidate = _level_set(flat[index], ranked[index], size)
-        tried = judge.holds(
-            x[index],
-            decision[index],
-            candidate.view(-1, 1, h, w),
-            hints=hints[index] if settings.hints else None,
-        )
+        tried = ask(index, candidate.view(-1, 1, h, w), hints[index] if settings.hints else None)
         spent[index] += tried.spent
         hints[index] = harder(tried.margins, hints[index])
         scores[index] = torch.where(tried.ok[:, None], tried.scores, scores[index])
@@ -126,6 +144,13 @@ def threshold_masks(
     while len(growing):
         size = torch.maximum((low[growing] * settings.growth).ceil().long(), low[growing] + 1)
         growing, size = growing[size < h * w], size[size < h * w]
+        if len(growing) and settings.guided:
+            mask = _level_set(flat[growing], ranked[growing], low[growing]).view(-1, 1, h, w)
+            check = hints[growing].argmax(1)
+            helpful = _helpful(judge, x[growing], decision[growing], mask, p[growing], check)
+            flat[growing] = helpful.flatten(1)
+            ranked[growing] = flat[growing].sort(1, descending=True).values
+            spent[growing] += GRADIENT
         if len(growing):
             growing = growing[~attempt(growing, size)]
     for _ in range(settings.bisections):
@@ -140,6 +165,8 @@ def threshold_masks(
         spent[whole] += 1
     masks = torch.where((ok & (high == count))[:, None], first, _level_set(flat, ranked, high))
     level = ranked.gather(1, (high - 1).clamp_min(0)[:, None])[:, 0]
+    if settings.guided:  # what grew by gradients is no level set of p, but for the mask it grew from
+        level = torch.where(ok, level, torch.full_like(level, threshold))
     if at_least is None:
         level = torch.where(ok & (high == count), torch.full_like(level, threshold), level)
     return Masks(masks.view(p.shape), holds, level, spent, scores, torch.zeros_like(spent))
@@ -148,6 +175,21 @@ def threshold_masks(
 def _level_set(flat: Tensor, ranked: Tensor, size: Tensor) -> Tensor:
     """The pixels at least as probable as the size-th: [B,HW] bool."""
     return flat >= ranked.gather(1, (size - 1).clamp_min(0)[:, None])
+
+
+def _helpful(judge: Judge, x: Tensor, decision: Tensor, mask: Tensor, prior: Tensor, check: Tensor) -> Tensor:
+    """Scores [B,1,H,W] to grow masks [B,1,H,W] by: 1 inside; outside, what a pixel helps at the check [B] they failed.
+
+    prior [B,1,H,W]: of the pixels; where two help alike, the more probable one comes first.
+    """
+    behind = judge.backgrounds_of(x, check)
+    # a little of everything is shown: at the mask's own edge the classifier often no longer sees what is missing
+    slope = judge.slope(x, decision, FAINT + (1 - 2 * FAINT) * mask, behind)
+    side = 2 * max(1, min(x.shape[2:]) // 64) + 1
+    for _ in range(2):
+        slope = F.avg_pool2d(slope, side, 1, side // 2, count_include_pad=False)
+    gain = slope.clamp_min(0) / slope.flatten(1).amax(1).clamp_min(1e-12)[:, None, None, None]
+    return torch.where(mask, 1.0, (gain + 1e-6) * (0.1 + prior.clamp(0, 1)) / 1.2)
 
 
 def local_order(p: Tensor, threshold: float = 0.5) -> Tensor:

@@ -15,12 +15,12 @@ from .masker import Masker
 from .minimise import Minimisation, minimise
 from .objective import PRESETS, Match
 from .refine import Refinement, refine
-from .repair import SPARING, Masks, Repair, growth_order, local_order, threshold_masks
+from .repair import GUIDED, Masks, Repair, growth_order, local_order, threshold_masks
 
 Effort = Literal["fast", "refined", "minimal"]
 EFFORTS: tuple[Effort, ...] = ("fast", "refined", "minimal")
 # Sets of the predicate's draws that have to agree. One that tries many masks finds some that suit the draws by chance.
-REPEATS = {"fast": 1, "refined": 1, "minimal": 2}
+REPEATS = {"fast": 1, "refined": 1, "minimal": 4}
 
 
 class Search:
@@ -41,7 +41,7 @@ class Search:
     ) -> None:
         self.judge = judge.stricter(REPEATS[effort])
         self.x, self.decision = x, judge.target.decide(logits)
-        self.masker, self.effort, self.repair = masker, effort, repair or SPARING
+        self.masker, self.effort, self.repair = masker, effort, repair or GUIDED
         self.published = None if preset != "paper" else PRESETS["paper"]
         if refinement is None:
             refinement = Refinement()

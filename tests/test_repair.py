@@ -1,5 +1,7 @@
 """Repair: the smallest level set that holds, found by bisection, and every evaluation counted."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_models import (
@@ -20,7 +22,7 @@ from minexp.backgrounds import Backgrounds
 from minexp.classifier import Classifier
 from minexp.judge import Judge
 from minexp.predicate import Predicate
-from minexp.repair import local_order, threshold_masks
+from minexp.repair import GUIDED, SPARING, local_order, threshold_masks
 
 PIXELS = SIDE * SIDE
 
@@ -157,3 +159,47 @@ def test_repair_grows_from_the_mask_outwards() -> None:
     assert torch.equal(order > 0.5, p > 0.5) and torch.equal(order[p > 0.5], p[p > 0.5])
     assert order[0, 0, 7, 11] > order[0, 0, 28, 28] < order[0, 0, 11, 7]
     assert order[0, 0, 7, 10] > order[0, 0, 7, 13] > order[0, 0, 7, 20]
+
+
+def test_guided_growth_goes_where_the_gradient_points() -> None:
+    """The decisive pixel lies where the prior puts it last: level sets reach it last."""
+    x, label = red_images(6), torch.ones(6, dtype=torch.long)
+    p = torch.cat([ranked(PIXELS - rank, seed=rank) for rank in range(6)])
+    p = torch.where(p > 0.44, 0.9, p)  # a few pixels of the masker's own
+    bound = judge(red_pixel(), Predicate("top1"))
+    levels_, guided = (threshold_masks(bound, x, label, p, settings=r) for r in (SPARING, GUIDED))
+    for found in (levels_, guided):
+        assert found.holds.all() and bound.holds(x, label, found.masks).ok.all()
+        assert found.masks[:, 0, TARGET[0], TARGET[1]].all()
+    own = (p > 0.5).flatten(1).sum(1)
+    assert (guided.masks.flatten(1).sum(1) <= own + 25).all()  # a slope is averaged over 5×5 pixels
+    assert levels_.masks.flatten(1).sum(1).min() > 0.9 * PIXELS
+    assert (guided.masks & (p > 0.5) == (p > 0.5)).all() and (guided.threshold == 0.5).all()
+
+
+@pytest.mark.parametrize("predicate", [Predicate("top1"), Predicate(rho=0.8, draws=10, early=5), Predicate()])
+def test_guided_repair_counts_its_gradients_and_keeps_the_predicate(predicate: Predicate) -> None:
+    classifier, x = filters(), noise_images(16)
+    label = classifier.logits(x).argmax(1)
+    p = torch.rand(16, 1, SIDE, SIDE, generator=torch.Generator().manual_seed(1)) * 0.55
+    bound = judge(classifier, predicate, 0.5)
+    with counted(classifier) as count:
+        found = threshold_masks(bound, x, label, p, settings=GUIDED)
+    assert int(found.evaluations.sum()) == count.images
+    assert found.holds.all() and bound.holds(x, label, found.masks).ok.all()
+    assert (found.masks.flatten(1).sum(1) < PIXELS).any()
+
+
+def test_an_early_pass_is_a_pass_of_all_early_draws() -> None:
+    """What GUIDED accepts has no miss among the early draws; without `early`, some masks that hold do."""
+    classifier, x = filters(), noise_images(40)
+    label = classifier.logits(x).argmax(1)
+    bound = judge(classifier, Predicate(rho=0.8, draws=10, early=5), 0.5)
+    early = bound.early().expand(len(x), -1)
+    p = torch.rand(40, 1, SIDE, SIDE, generator=torch.Generator().manual_seed(3)) * 0.9
+    clean = []
+    for settings in (GUIDED, replace(GUIDED, early=False)):
+        found = threshold_masks(bound, x, label, p, settings=settings)
+        passed = bound.passes(x, label, found.masks, early, torch.zeros(40, bound.checks))
+        clean.append(int(passed.ok.sum()))
+    assert clean[0] == 40 > clean[1]
