@@ -33,6 +33,7 @@ from .report import Figure, Panel, Section, write_montage, write_report
 from .training import fit
 
 MASKER_IMAGES = dict.fromkeys(scene_data.VARIANTS, 6000) | {"mosaic": 16_000}
+MOST_IMAGES = 48_000
 STEPS = dict.fromkeys(scene_data.VARIANTS, 1200) | {"mosaic": 2000}  # of the masker
 EXPORT_CHECKS = 64  # scenes on which the exported files are compared with torch
 PREDICATE = Predicate()
@@ -232,7 +233,8 @@ def _masker(
             )
         say.stage(f"masker: {path} exists")
         return masker
-    training = scene_data.make(variant, MASKER_IMAGES[variant], seed=seed + 1, split="train")
+    count = max(MASKER_IMAGES[variant], min(4 * steps, MOST_IMAGES))  # a longer fit sees more scenes
+    training = scene_data.make(variant, count, seed=seed + 1, split="train")
     return fit(classifier, training.images, steps=steps, out=path, seed=seed, progress=not say.quiet)
 
 

@@ -37,12 +37,14 @@ class Explain(WithModel, WithEngine):
     effort: Literal["fast", "refined", "minimal"] | None = None
     """fast: the masker's mask, repaired; refined: optimised image by image (the default without a masker);
     minimal: reduced until no single cell can go."""
+    repair: Literal["guided", "levels"] = "guided"
+    """How a mask that fails grows: by the classifier's gradient, or by a lower threshold, as in exported files."""
     preset: Literal["default", "kl", "paper"] = "default"
     """Objective where masks are optimised image by image; paper: the published recipe, a network for every image."""
     match: Literal["kl", "mse", "cosine", "off"] | None = None
     """How that objective compares activations, in place of the preset's way."""
     cell: int | None = None
-    """With minimal, --why-not and --necessary: side of a cell in pixels, an 8th of the image by default."""
+    """With minimal, --why-not and --necessary: side of a cell in pixels, a fifth of the image by default."""
     max_evals: int | None = None
     """With those: classifier evaluations an image may take to be reduced; what is left then is not called minimal."""
     multiple: int = 1
@@ -108,6 +110,7 @@ class Explain(WithModel, WithEngine):
         from ..minimise import Minimisation
         from ..predicate import Predicate
         from ..questions import FROM_ALL
+        from ..repair import REPAIRS
 
         if self.cell is not None:
             at_least_one("--cell", self.cell)
@@ -135,6 +138,7 @@ class Explain(WithModel, WithEngine):
             minimisation=minimisation,
             preset=self.preset,
             match=self.match,
+            repair=REPAIRS[self.repair],
             effort=self.effort or ("refined" if masker is None else "fast"),
             background=self.background,
             seed=self.seed,
@@ -211,5 +215,5 @@ _EXPORTED = (
     ),
     *("ema", "target", "keep", "tolerance", "precision", "channels_last", "compile"),
     *("masker", "effort", "predicate", "rho", "draws", "tau", "dilated", "background", "seed"),
-    *("preset", "match", "cell", "max_evals", "multiple", "why_not", "necessary"),
+    *("repair", "preset", "match", "cell", "max_evals", "multiple", "why_not", "necessary"),
 )

@@ -21,6 +21,7 @@ from ..errors import RequestError
 from ..explanation import Explanation, bind, explain, make_backgrounds
 from ..masker import Masker
 from ..predicate import Predicate
+from ..repair import SPARING
 from ..weights import state_digest
 from .bake import make_pictures, make_plan, number_of
 from .graph import explainer_graph, masker_graph
@@ -178,6 +179,7 @@ class Draft:
             predicate=self.predicate,
             effort="fast",
             backgrounds=self.backgrounds,
+            repair=SPARING,
         )
 
     def quantised(

@@ -20,6 +20,7 @@ from ..masker import Masker
 from ..minimise import Minimisation
 from ..objective import Match
 from ..predicate import Predicate, Sufficient
+from ..repair import GUIDED, Repair
 from ..search import Effort
 from ..weights import state_digest
 from .engine import ONE_PROCESS, Placement, run_job
@@ -40,6 +41,7 @@ def explain_dataset(
     minimisation: Minimisation | None = None,
     preset: str = "default",
     match: Match | None = None,
+    repair: Repair = GUIDED,
     background: str = "mean",
     seed: int = 0,
     batch: int = 32,
@@ -61,7 +63,7 @@ def explain_dataset(
     """
     predicate = Predicate() if predicate is None else predicate
     device = str(classifier.device) if placement.engine == "local" else "cuda" if placement.gpus else "cpu"
-    search = {"minimisation": minimisation, "preset": preset, "match": match}
+    search = {"minimisation": minimisation, "preset": preset, "match": match, "repair": repair}
     asked = explain if hasattr(explain, "question") else None  # of `jobs.asked`, whose repr says what it asks
     run = _describe(classifier, source, masker, predicate, effort, search, background, seed, asked)
     run["provider"] = f"torch-{torch.device(device).type}"
