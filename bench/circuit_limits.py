@@ -49,6 +49,10 @@ def _drop_rows(subject: Subject) -> Iterable[Row]:
             bound = RATIO if metric == "logit" else None
             ratio = line.inside.mean / line.random.mean
             yield keys | {"figure": "inside drop / random drop", "value": ratio, "bound": bound}
+            everything = interval((ablation.full - ablation.empty).tolist())
+            yield keys | {"figure": "drop of all nodes", "value": everything.mean, "n": everything.n}
+            most = everything.mean / line.random.mean
+            yield keys | {"figure": "drop of all nodes / random drop", "value": most}
 
 
 def _rows(keys: Row, line: Line) -> Iterable[Row]:

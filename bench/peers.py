@@ -39,8 +39,8 @@ from minexp.minimise import Minimisation
 from minexp.predicate import Predicate
 from minexp.refine import Refinement
 from minexp.regions import components
-from minexp.repair import threshold_masks
-from minexp.search import EFFORTS, Effort
+from minexp.repair import REPAIRS, threshold_masks
+from minexp.search import EFFORTS, REPEATS, Effort
 from minexp.training import fit
 
 CHUNK, SMALL_CHUNK = 64, 5  # images measured before they are written
@@ -231,7 +231,8 @@ def measure(
             measured = audit(found, judge, x[part], label[part], truth[part])
             if name == "minexp minimal" and first < CONTROLLED:
                 tried = slice(first, min(part.stop, CONTROLLED))
-                wrong = wrong_class(judge, x[tried], found.masks[: tried.stop - first], Refinement())
+                bound = judge.stricter(REPEATS["minimal"])  # the predicate that the masks satisfied
+                wrong = wrong_class(bound, x[tried], found.masks[: tried.stop - first], Refinement())
                 measured.figures["wrong_class"][: len(wrong)] = wrong.double().numpy()
             results.add(measured, job)  # as it goes: a long run that is stopped leaves what it has
             bar.update(part.stop - part.start)
@@ -244,7 +245,9 @@ def measure(
 
     for effort in reversed(EFFORTS):
         ours(f"minexp {effort}", effort, images)
-    fine = Minimisation(cell=max(1, min(x.shape[2:]) // 16))
+    if "fast" in EFFORTS:
+        ours("minexp fast, levels", "fast", images, repair=REPAIRS["levels"])
+    fine = Minimisation(cell=max(1, min(x.shape[2:]) // 8))
     if "minimal" in EFFORTS:
         ours(f"minexp minimal, cells of {fine.cell}", "minimal", few, SMALL_CHUNK, minimisation=fine)
     ours("minexp paper", "refined", round(few * PAPER_SHARE), 1, masker=None, preset="paper")

@@ -29,10 +29,11 @@ class Refinement:
     masks end smaller and more robust than when each step shows the default background and a random one.
     The last step's mask is kept, repaired where the predicate fails. check: every so many steps try hard masks against
     the predicate, smaller level sets at the end, too, and keep the smallest that held: such masks are smaller, and hold
-    on fewer backgrounds that were not asked.
+    on fewer backgrounds that were not asked. More steps give smaller masks yet, for other classes as well, until they
+    prove little (`controls.wrong_class`).
     """
 
-    steps: int = 100
+    steps: int = 60
     lr: float = 0.4
     stride: int | None = None
     check: int = 0

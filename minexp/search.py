@@ -20,7 +20,7 @@ from .repair import GUIDED, Masks, Repair, growth_order, local_order, threshold_
 Effort = Literal["fast", "refined", "minimal"]
 EFFORTS: tuple[Effort, ...] = ("fast", "refined", "minimal")
 # Sets of the predicate's draws that have to agree. One that tries many masks finds some that suit the draws by chance.
-REPEATS = {"fast": 1, "refined": 1, "minimal": 4}
+REPEATS = {"fast": 1, "refined": 1, "minimal": 5}
 
 
 class Search:

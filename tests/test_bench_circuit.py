@@ -78,7 +78,7 @@ def test_what_circuits_do_to_other_figures_and_images(
     monkeypatch.setattr(limits, "CONTROLS", 2)
     rows = list(limits.limit_rows(subject))
     drops = {(r["metric"], r["circuit"], r["figure"]): r["value"] for r in rows if r["experiment"] == "drops"}
-    figures = 5  # four of each test, "elsewhere" not among them, and a ratio
+    figures = 7  # four of each test, "elsewhere" not among them, all nodes' fall, and two ratios
     assert len(drops) == 2 * 2 * len(limits.SIZES) * figures
     for (metric, circuit, figure), value in drops.items():
         if figure == "inside drop / random drop":

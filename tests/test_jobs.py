@@ -183,6 +183,7 @@ def test_a_finished_job_is_not_done_again_and_a_foreign_one_is_refused(
         {"background": "black"},
         {"predicate": Predicate("score")},
         {"effort": "refined"},
+        {"repair": SPARING},
     ):
         with pytest.raises(RequestError, match="another job"):
             run(classifier, folder, out, **options)

@@ -17,6 +17,7 @@ from minexp.objective import (
     AreaDual,
     Objective,
     activation_match,
+    evaluate_on,
     evaluate_terms,
     layer_weights,
     make_target,
@@ -89,6 +90,25 @@ def test_activation_match(kind: str, reused: bool) -> None:
     ]
     got = activation_match(objective, target, features)
     torch.testing.assert_close(got, torch.tensor(expected), rtol=1e-4, atol=1e-6)
+
+
+def test_the_terms_about_one_background_are_those_of_the_whole() -> None:
+    classifier, n = filters(), 4
+    x, r = noise_images(n), noise_images(n, seed=9)
+    p = torch.rand(n, 1, 16, 16, generator=torch.Generator().manual_seed(2))
+    mask, background = (p > 0.5).float(), torch.tensor([0.5, 0.4, 0.3]).view(1, 3, 1, 1)
+    target = make_target(classifier, x, PLAIN, reused=True)
+    both = evaluate_terms(PLAIN, classifier, x, p, mask, target, background, r)
+    default, random = (
+        evaluate_on(PLAIN, classifier, x, p, mask, target, behind, random=behind is r)
+        for behind in (background, r)
+    )
+    shape = {"area", "crisp", "tv"}
+    assert set(default.values) == {"ce", "kl", "act"} | shape and set(random.values) == {"rob"} | shape
+    for terms in (default, random):
+        for name, value in terms.values.items():
+            torch.testing.assert_close(value, both.values[name])
+    assert torch.equal(default.kept, both.kept) and torch.equal(random.kept, both.robust)
 
 
 def test_the_whole_objective_against_loops_over_images() -> None:
