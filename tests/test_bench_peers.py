@@ -56,12 +56,13 @@ def test_peers_are_charged_and_measured_once(
     assert "broken failed: ValueError: no map" in said and "absent left out" in said
     assert [(r["explainer"], r["budget"], r["images"]) for r in rows] == [
         ("minexp fast", "default", 4),
+        ("minexp fast, levels", "default", 4),
         ("minexp paper", "default", 1),
         ("centre", "default", 4),
         ("centre", "64", 2),
     ]
     assert calls == [4, 2]
-    assert set(peers.COLUMNS) >= set(rows[2])  # what the command prints
+    assert set(peers.COLUMNS) >= set(rows[3])  # what the command prints
     with (tmp_path / "plain_images.csv").open(encoding="utf-8", newline="") as file:
         single = [line for line in csv.DictReader(file) if line["explainer"] == "centre"]
     assert [line["image"] for line in single] == ["0", "1", "2", "3", "0", "1"]

@@ -17,6 +17,7 @@ from minexp.data.sources import open_source
 from minexp.data.store import read_run, read_store, unpack_mask, verify_store
 from minexp.errors import RequestError
 from minexp.jobs import local
+from minexp.repair import SPARING
 
 SIZE = 8
 
