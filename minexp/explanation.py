@@ -199,8 +199,8 @@ def explain(
     """Explain the decision (by default the top class) of every image of x, float [B,C,H,W] in [0,1].
 
     effort "fast": the masker's mask, repaired where the predicate fails; "refined": optimised per image, from
-    the masker's output or, without a masker, from keep-all; "minimal": reduced from there until no single cell can
-    go. What tries many masks has to satisfy the predicate on more draws (search.REPEATS). A mask whose fresh draws
+    keep-all; "minimal": reduced from there until no single cell can go. What tries many masks has to satisfy the
+    predicate on more draws (search.REPEATS). A mask whose fresh draws
     contradict the predicate is searched again with more draws and certified anew. fresh: draws a family in the
     certificate, by default 1 for fast and 5 for the others. preset, match: objective of the per-image search
     (objective.PRESETS) and how it compares activations; "paper" is the published recipe, a network trained for every

@@ -88,9 +88,9 @@ def threshold_masks(
 ) -> Masks:
     """Threshold p [B,1,H,W] at 0.5; where the predicate fails there, lower the threshold until it holds.
 
-    The candidates of one image are its probabilities' own level sets: growing by a constant factor, then bisected
-    in log-area; keep-all, which always keeps the decision, is the last resort. ``tighten`` also bisects below
-    masks that hold at 0.5.
+    The candidates of one image are its probabilities' own level sets (`settings.guided`: its mask, grown by gradients):
+    growing by a constant factor, then bisected in log-area; keep-all, which always keeps the decision, is the last
+    resort. ``tighten`` also bisects below masks that hold at 0.5.
     at_least [B]: begin with the level sets of that many pixels instead. settings: of the search, by default THOROUGH.
     """
     settings = THOROUGH if settings is None else settings
