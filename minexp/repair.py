@@ -42,6 +42,7 @@ REPAIRS = {"guided": GUIDED, "levels": SPARING}
 THOROUGH = Repair(start=1.0, growth=1.3, bisections=3, hints=False, again=True)
 
 
+SPECK = 128  # part of the image that a mask grown by gradients has at least
 FAINT = 0.15  # share of a pixel outside the mask that is shown where a gradient is taken, and of one inside that is not
 
 
@@ -141,11 +142,15 @@ def threshold_masks(
 
     # More pixels are not always better (they may bring rival evidence): the first size upwards that holds is taken.
     growing = (holds & ~ok).nonzero().flatten()
+    least = h * w // SPECK if settings.guided else 1  # a masker's mask may be empty
     while len(growing):
-        size = torch.maximum((low[growing] * settings.growth).ceil().long(), low[growing] + 1)
+        size = torch.maximum((low[growing] * settings.growth).ceil().long(), low[growing] + 1).clamp_min(
+            least
+        )
         growing, size = growing[size < h * w], size[size < h * w]
         if len(growing) and settings.guided:
-            mask = _level_set(flat[growing], ranked[growing], low[growing]).view(-1, 1, h, w)
+            mask = _level_set(flat[growing], ranked[growing], low[growing]) & (low[growing] > 0)[:, None]
+            mask = mask.view(-1, 1, h, w)
             check = hints[growing].argmax(1)
             helpful = _helpful(judge, x[growing], decision[growing], mask, p[growing], check)
             flat[growing] = helpful.flatten(1)

@@ -8,14 +8,13 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 from minexp.data.store import read_store, verify_store
 
 HERE = Path(__file__).parent
-LIFE = 3.0  # batches a process does, on average, before it is killed
 
 
 @dataclass(frozen=True)
@@ -23,18 +22,20 @@ class Chaos:
     """SIGKILLs that a job's processes give themselves and their parent, so that no clock and no load decides how many.
 
     folder: has a file for each that was given, and the parent's number; count: of them in all, one in ``parents`` to
-    the parent. A process lives for a random number of batches, one at least; the end comes at any moment of one.
+    the parent. A process lives for a random number of batches, one at least and ``life`` on average; the end comes at
+    any moment of one.
     """
 
     folder: str
     count: int
     parents: int = 5
+    life: float = 3.0
 
     def batch(self) -> None:
         """A batch begins."""
         global _lives
         if _lives is None:
-            _lives = 1 + int(random.expovariate(1 / (LIFE - 1)))
+            _lives = 1 + int(random.expovariate(1 / (self.life - 1)))
         _lives -= 1
         if _lives == -1:
             threading.Timer(random.uniform(0, 0.06), self._strike).start()
@@ -75,7 +76,7 @@ def survive(
     """Give a job again and again until it ends by itself: its summary, with how often it was begun."""
     Path(chaos.folder).mkdir()
     for begun in range(1, chaos.count + 2):
-        job = start(data, out, script, chaos=[chaos.folder, chaos.count, chaos.parents], **options)
+        job = start(data, out, script, chaos=[*astuple(chaos)], **options)
         (Path(chaos.folder) / "parent").write_text(str(job.pid))
         stdout, stderr = job.communicate(timeout=600)
         if job.returncode != -signal.SIGKILL:

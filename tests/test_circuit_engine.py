@@ -86,8 +86,8 @@ def test_workers_parts_and_batches_give_the_same_rows(
 def test_kills_of_workers_and_parents_lose_and_double_nothing(
     explained: Path, tmp_path: Path, undisturbed: Path
 ) -> None:
-    chaos, out = Chaos(str(tmp_path / "chaos"), 4, parents=3), tmp_path / "out"
-    summary = survive(chaos, explained, out, "circuit_job.py", workers=2, flush_seconds=0.05, batch=2)
+    chaos, out = Chaos(str(tmp_path / "chaos"), 4, parents=3, life=1.5), tmp_path / "out"
+    summary = survive(chaos, explained, out, "circuit_job.py", workers=2, flush_seconds=0.05, batch=1)
     assert chaos.given == 4 and summary["begun"] == 2
     assert same(out, undisturbed)
     assert not [path.name for path in out.iterdir() if "partial" in path.name or "reserve" in path.name]

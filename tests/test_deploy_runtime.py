@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import venv
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from minexp.deploy.repository import write_repository
 from minexp.errors import MinexpError, RequestError
 from minexp.jobs.local import explain_dataset
 from minexp.predicate import Predicate
+from minexp.repair import REPAIRS
 from minexp.report import write_report
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,7 +63,8 @@ def test_the_command_stores_the_rows_of_the_torch_path(
     summary = json.loads(capsys.readouterr().out)
     assert (summary["rows"], summary["errors"], summary["provider"]) == (20, 1, "onnxruntime-cpu")
     assert summary["precision"] == "float32" and summary["certified"] > 15
-    explain_dataset(tiles().classifier, open_source(pictures), masker(), tmp_path / "torch", progress=False)
+    torch_path = partial(explain_dataset, repair=REPAIRS["levels"], progress=False)
+    torch_path(tiles().classifier, open_source(pictures), masker(), tmp_path / "torch")
     one, other = (read_store(tmp_path / name).to_pylist() for name in ("onnx", "torch"))
     for row, wanted in zip(one, other, strict=True):
         for name, value in wanted.items():

@@ -19,11 +19,14 @@ from minexp.errors import RequestError
 from minexp.execution import Execution
 from minexp.explanation import explain
 from minexp.jobs import local
+from minexp.repair import REPAIRS
 from minexp.training import fit
 
 # Stated in docs/how-to/faster.md: pixels of masks that may differ from those in float32, and images that may
 # have another verdict.
 PIXELS, VERDICTS = {"bfloat16": 0.01, "float16": 0.002}, {"bfloat16": 0.03, "float16": 0.01}
+# Where a mask grows by gradients, these lead elsewhere once they are rounded.
+GUIDED_PIXELS = {"bfloat16": 0.08, "float16": 0.04}
 
 
 def run_in(execution: Execution) -> Classifier:
@@ -65,9 +68,13 @@ def test_lower_precision_is_inside_the_model_and_changes_masks_little(
     assert gradient.dtype == torch.float32 and gradient.abs().sum() > 0
     x = x.detach()
     assert 0 < classifier.agreement.largest < 0.1
-    whole, lower = (explain(c, x, masker()) for c in (tiles().classifier, classifier))
-    changed = (whole.masks != lower.masks).float().mean().item()
-    assert changed <= PIXELS[precision]
+    both = {
+        name: [explain(c, x, masker(), repair=repair) for c in (tiles().classifier, classifier)]
+        for name, repair in REPAIRS.items()
+    }
+    changed = {name: (a.masks != b.masks).float().mean().item() for name, (a, b) in both.items()}
+    assert changed["levels"] <= PIXELS[precision] and changed["guided"] <= GUIDED_PIXELS[precision]
+    whole, lower = both["guided"]
     verdicts = [
         a.certified != b.certified for a, b in zip(whole.certificates, lower.certificates, strict=True)
     ]

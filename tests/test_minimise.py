@@ -187,7 +187,7 @@ def test_the_minimal_masks_of_a_trained_classifier_lose_no_cell_either() -> None
         minimisation=Minimisation(cell=cell),
         fresh=1,
     )
-    predicates = {str(p): p for p in (Predicate().stricter(n) for n in (2, 4, 8))}
+    predicates = {str(p): p for p in (Predicate().stricter(n) for n in (5, 10, 20))}
     label, tried = subject.logits(x).argmax(1), 0
     for b, certificate in enumerate(found.certificates):
         assert certificate.minimal_at == cell

@@ -203,3 +203,12 @@ def test_an_early_pass_is_a_pass_of_all_early_draws() -> None:
         passed = bound.passes(x, label, found.masks, early, torch.zeros(40, bound.checks))
         clean.append(int(passed.ok.sum()))
     assert clean[0] == 40 > clean[1]
+
+
+def test_an_empty_mask_does_not_grow_pixel_by_pixel() -> None:
+    x, label = red_images(4), torch.ones(4, dtype=torch.long)
+    found = threshold_masks(
+        judge(red_pixel(), Predicate("top1")), x, label, torch.zeros(4, 1, SIDE, SIDE), settings=GUIDED
+    )
+    assert found.holds.all() and found.masks[:, 0, TARGET[0], TARGET[1]].all()
+    assert found.masks.flatten(1).sum(1).max() <= 25 and found.evaluations.max() <= 1 + 15 * 3
