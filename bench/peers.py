@@ -40,7 +40,7 @@ from minexp.predicate import Predicate
 from minexp.refine import Refinement
 from minexp.regions import components
 from minexp.repair import REPAIRS, threshold_masks
-from minexp.search import EFFORTS, REPEATS, Effort
+from minexp.search import EFFORTS, Effort, held_to
 from minexp.training import fit
 
 CHUNK, SMALL_CHUNK = 64, 5  # images measured before they are written
@@ -231,7 +231,7 @@ def measure(
             measured = audit(found, judge, x[part], label[part], truth[part])
             if name == "minexp minimal" and first < CONTROLLED:
                 tried = slice(first, min(part.stop, CONTROLLED))
-                bound = judge.stricter(REPEATS["minimal"])  # the predicate that the masks satisfied
+                bound = held_to(judge, "minimal")  # the predicate that the masks satisfied
                 wrong = wrong_class(bound, x[tried], found.masks[: tried.stop - first], Refinement())
                 measured.figures["wrong_class"][: len(wrong)] = wrong.double().numpy()
             results.add(measured, job)  # as it goes: a long run that is stopped leaves what it has

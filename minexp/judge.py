@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, repeat
 
 import torch
@@ -44,6 +44,10 @@ class Verdict:
     scores: Tensor
     margins: Tensor
 
+    def of(self, index: Tensor) -> Verdict:
+        """About the masks numbered ``index`` alone."""
+        return Verdict(self.ok[index], self.spent[index], self.scores[index], self.margins[index])
+
 
 def harder(margins: Tensor, before: Tensor | None = None) -> Tensor:
     """Hints for the next mask of the same images: checks last passed by less, or failed, are asked first. [B,D]"""
@@ -80,6 +84,12 @@ class Judge:
         other.predicate = self.predicate.stricter(factor)
         return other
 
+    def cleaner(self) -> Judge:
+        """The same judge, for which one miss among the early draws is enough; what it accepts passes here."""
+        other = copy.copy(self)
+        other.predicate = replace(self.predicate, clean=True)
+        return other
+
     def about(self, question: Question) -> Judge:
         """The same judge, asking another question."""
         other = copy.copy(self)
@@ -108,13 +118,22 @@ class Judge:
         number = torch.arange(self.checks, device=self.classifier.device) - plain
         return (number < 0) | (number % predicate.draws < predicate.early)
 
-    def holds(self, x: Tensor, decision: Tensor, mask: Tensor, *, hints: Tensor | None = None) -> Verdict:
+    def holds(
+        self,
+        x: Tensor,
+        decision: Tensor,
+        mask: Tensor,
+        *,
+        hints: Tensor | None = None,
+        known: Verdict | None = None,
+    ) -> Verdict:
         """Does the predicate hold for masks [B,1,H,W] (bool) of x?
 
         Checks are asked in waves, and an image whose verdict is known is not asked again. hints [B,D]: checks with
-        high ones are asked first, which changes no verdict but may find it sooner.
+        high ones are asked first, which changes no verdict but may find it sooner. known: what has been asked of these
+        masks is not asked, nor counted, again.
         """
-        return self._ask(x, decision, mask, self._useful, hints)
+        return self._ask(x, decision, mask, self._useful, hints, known)
 
     def passes(self, x: Tensor, decision: Tensor, mask: Tensor, checks: Tensor, hints: Tensor) -> Verdict:
         """Do masks [B,1,H,W] of x pass all of these checks [B,D]? Cheaper than the predicate, and not the same."""
@@ -133,9 +152,13 @@ class Judge:
         mask: Tensor,
         useful: Callable[[Tensor], tuple[Tensor, Tensor]],
         hints: Tensor | None,
+        known: Verdict | None = None,
     ) -> Verdict:
         margins = torch.full((len(x), self.checks), torch.nan, device=x.device)
         scores: Tensor | None = None
+        if known is not None:
+            margins, scores = known.margins.clone(), known.scores.clone()
+        before = (~margins.isnan()).sum(1)
         # without hints: the default background alone, on which many masks fail, then wave by wave
         waves = chain((1,) if hints is None else (1, 1), repeat(WAVE))
         urgency = -torch.arange(self.checks, device=x.device).expand(margins.shape).float()
@@ -156,7 +179,7 @@ class Judge:
             plain = check == 0
             scores[image[plain]] = found[plain]
         assert scores is not None
-        return Verdict(ok, (~margins.isnan()).sum(1), scores, margins)
+        return Verdict(ok, (~margins.isnan()).sum(1) - before, scores, margins)
 
     def _useful(self, margins: Tensor) -> tuple[Tensor, Tensor]:
         """Which checks [B,D] can still change a verdict, and which images [B] have passed by what was asked."""
@@ -171,7 +194,7 @@ class Judge:
             misses, early_missed = missed.sum(2), missed[..., : predicate.early].any(2)
             clean = passed[..., : predicate.early].all(2)
             enough = asked.all(2) & (misses <= predicate.misses)
-            failed = early_missed & (misses > predicate.misses)
+            failed = early_missed & (misses > predicate.misses)  # which one is, where the predicate is clean
             asks = ~asked & ~(clean | enough | failed)[..., None]
             asks[..., predicate.early :] &= early_missed[..., None]
             useful[:, plain:] = asks.flatten(1)

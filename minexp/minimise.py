@@ -17,15 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backgrounds import RANDOM
-from .judge import GRADIENT, Judge, harder
+from .judge import GRADIENT, Judge, Verdict, harder
 from .repair import Masks
 
-CHECKS = 6  # of the predicate's checks that a draft is held to
+CHECKS = 4  # of the predicate's checks that a draft is held to
+FEW = 8  # cells that are tried one by one at once
 
 
 @dataclass(frozen=True)
 class Minimisation:
-    """How to minimise: ``cell`` side in pixels (by default a fifth of the image's shorter side).
+    """How to minimise: ``cell`` side in pixels, by default one of ``parts`` of the image's shorter side.
     Finer cells give smaller masks that hold on fewer backgrounds not seen.
 
     levels: grids tried, each with cells twice as wide as the next, the last of side ``cell``.
@@ -35,6 +36,7 @@ class Minimisation:
     """
 
     cell: int | None = None
+    parts: int = 4
     levels: int = 1
     max_evals: int | None = None
     ahead: int | None = None
@@ -45,7 +47,7 @@ class Minimisation:
 
     def side(self, shape: torch.Size) -> int:
         """The cell's side in pixels for images [..., H, W]."""
-        return max(1, min(shape[-2:]) // 5) if self.cell is None else self.cell
+        return max(1, min(shape[-2:]) // self.parts) if self.cell is None else self.cell
 
 
 def minimise(
@@ -67,6 +69,7 @@ def minimise(
         masks=search.masks,
         evaluations=search.spent,
         scores=search.scores,
+        margins=None,
         minimal_at=torch.where(search.minimal, side, 0),
     )
 
@@ -100,6 +103,13 @@ class _Search:
         self.holds = start.holds
         self.minimal = torch.zeros_like(start.holds)
         self.hints = torch.zeros(len(x), judge.checks, device=x.device)
+        self.probed = start.margins is not None and start.margins.shape == self.hints.shape
+        if self.probed and start.margins is not None:
+            self.hints = -start.margins
+        # what the drafts were asked last, and passed
+        unasked = torch.full_like(self.hints, torch.nan)
+        self.draft = Verdict(self.holds, torch.zeros_like(self.spent), self.scores.clone(), unasked)
+        self.fatal = torch.full((len(x), 0), -1, device=x.device)
         self.importance = torch.zeros_like(x[:, :1])
 
     def affordable(self) -> Tensor:
@@ -109,25 +119,44 @@ class _Search:
     def active(self) -> Tensor:
         return self.affordable().nonzero().flatten()
 
-    def ask(self, index: Tensor, candidates: Tensor, checks: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Which candidates [n,1,H,W] for the images ``index`` [n] hold, or pass ``checks`` [n,D]; and their scores."""
+    def ask(
+        self,
+        index: Tensor,
+        candidates: Tensor,
+        checks: Tensor | None = None,
+        *,
+        first: Tensor | None = None,
+        drafts: bool = False,
+    ) -> Verdict:
+        """Which candidates [n,1,H,W] for the images ``index`` [n] hold, or pass ``checks`` [n,D].
+
+        first [n]: number of a check to begin with, -1 for none. drafts: the candidates are the drafts themselves.
+        """
         x, decision, hints = self.x[index], self.decision[index], self.hints[index]
+        urgent = hints
+        if first is not None:
+            urgent = hints.clone()
+            urgent[first >= 0, first[first >= 0]] = torch.inf
         if checks is None:
-            found = self.judge.holds(x, decision, candidates, hints=hints)
+            known = self.draft.of(index) if drafts else None
+            found = self.judge.holds(x, decision, candidates, hints=urgent, known=known)
         else:
-            found = self.judge.passes(x, decision, candidates, checks, hints)
-        first = torch.ones_like(
+            found = self.judge.passes(x, decision, candidates, checks, urgent)
+            passed = index[found.ok]
+            self.draft.margins[passed] = found.margins[found.ok]
+            self.draft.scores[passed] = found.scores[found.ok]
+        lead = torch.ones_like(
             index, dtype=torch.bool
         )  # of an image's candidates, which come one after another
-        first[1:] = index[1:] != index[:-1]
-        self.hints[index[first]] = harder(found.margins, hints)[first]
+        lead[1:] = index[1:] != index[:-1]
+        self.hints[index[lead]] = harder(found.margins, hints)[lead]
         self.spent.index_add_(0, index, found.spent)
-        return found.ok, found.scores
+        return found
 
     def probe(self) -> None:
-        """Ask every early check of the masks once, to know which are passed by least."""
+        """Ask every early check of the masks once, where what passed them did not say by how much."""
         active = self.active()
-        if len(active):
+        if len(active) and not self.probed:
             early = self.judge.early().expand(len(active), -1)
             found = self.judge.passes(
                 self.x[active], self.decision[active], self.masks[active], early, self.hints[active]
@@ -137,10 +166,12 @@ class _Search:
 
     def level(self, side: int) -> None:
         """Remove cells of this side on a draft, and keep as much of that as the predicate allows."""
-        self.weigh()
         active = self.active()
+        present = _present(self.masks, side)
+        self.fatal = torch.full(present.shape, -1, device=active.device)
         if not len(active):
             return
+        self.weigh(active[present[active].sum(1) > FEW])
         rank, count = self.ranked(active, side)
         step = torch.full_like(rank, -1)  # when a cell left the draft
         hard = self.judge.early() & (
@@ -148,18 +179,19 @@ class _Search:
         )
         self.together(active, side, rank, count, step, hard)
         self.singly(active, side, rank, step, hard)
-        self.settle(active, side, step)
+        self.settle(active, side, step, hard)
 
     def together(
         self, active: Tensor, side: int, rank: Tensor, count: Tensor, step: Tensor, hard: Tensor
     ) -> None:
         """The longest run of the least important cells that can leave at once, by bisection."""
         start = self.masks[active]
-        low, high = torch.zeros_like(count), count.clone()  # removing low passes; removing high is not tried
+        # removing low passes; removing high is not tried
+        low, high = torch.zeros_like(count), torch.where(count > FEW, count, 1)
         while len(place := ((high - low > 1) & self.affordable()[active]).nonzero().flatten()):
             middle = (low[place] + high[place]) // 2
             candidates = start[place] & ~_spread(rank[place] < middle[:, None], side, start.shape[1:])
-            ok, _ = self.ask(active[place], candidates, hard[place])
+            ok = self.ask(active[place], candidates, hard[place]).ok
             low[place] = torch.where(ok, middle, low[place])
             high[place] = torch.where(ok, high[place], middle)
         step[rank < low[:, None]] = 0
@@ -173,24 +205,39 @@ class _Search:
             if not len(place):
                 continue
             candidates = start[place] & ~_spread((step[place] >= 0) | this[place], side, start.shape[1:])
-            ok, _ = self.ask(active[place], candidates, hard[place])
+            found = self.ask(active[place], candidates, hard[place])
+            ok = found.ok
+            self.fatal[active[place], this[place].int().argmax(1)] = _failed(found)
             gone = this[place] & ok[:, None]
             step[place] = torch.where(gone, step[place].amax(1, keepdim=True).clamp_min(0) + 1, step[place])
 
-    def settle(self, active: Tensor, side: int, step: Tensor) -> None:
-        """The most steps of the draft after which the predicate holds: all of them, or found by bisection."""
-        start = self.masks[active]
-        last = step.amax(1)
-        low, high = torch.full_like(last, -1), last + 1  # after step low it holds
-        middle = last.clone()
-        while len(place := ((high - low > 1) & self.affordable()[active]).nonzero().flatten()):
+    def settle(self, active: Tensor, side: int, step: Tensor, hard: Tensor) -> None:
+        """The most steps of the draft after which the predicate holds: all, or fewer, which pass what more failed."""
+        start, hard = self.masks[active], hard.clone()
+        low = torch.full_like(step[:, 0], -1)  # after step low it holds
+        middle, drafts = step.amax(1), True
+
+        def candidates(place: Tensor) -> Tensor:
             gone = (step[place] >= 0) & (step[place] <= middle[place][:, None])
-            candidates = start[place] & ~_spread(gone, side, start.shape[1:])
-            ok, scores = self.ask(active[place], candidates)
-            self.masks[active[place][ok]], self.scores[active[place][ok]] = candidates[ok], scores[ok]
-            low[place] = torch.where(ok, middle[place], low[place])
-            high[place] = torch.where(ok, high[place], middle[place])
-            middle = (low + high) // 2
+            return start[place] & ~_spread(gone, side, start.shape[1:])
+
+        while len(place := ((middle > low) & self.affordable()[active]).nonzero().flatten()):
+            shown = candidates(place)
+            found = self.ask(active[place], shown, drafts=drafts)
+            ok, drafts = found.ok, False
+            done = active[place[ok]]
+            self.masks[done], self.scores[done] = shown[ok], found.scores[ok]
+            low[place[ok]] = middle[place[ok]]
+            # fewer steps, which pass what these have failed
+            hard[place] |= found.margins <= 0
+            place = place[~ok]
+            passes, fails = low.clone(), middle.clone()
+            while len(tried := place[(fails - passes)[place] > 1]):
+                middle[tried] = (passes[tried] + fails[tried]) // 2
+                ok = self.ask(active[tried], candidates(tried), hard[tried]).ok
+                passes[tried] = torch.where(ok, middle[tried], passes[tried])
+                fails[tried] = torch.where(ok, fails[tried], middle[tried])
+            middle[place] = passes[place]
 
     def prove(self, side: int) -> None:
         """Try each cell alone against the predicate itself, round and round, until all have failed on one mask."""
@@ -224,7 +271,9 @@ class _Search:
             one = torch.zeros(len(rows), rank.shape[1], dtype=torch.bool, device=active.device)
             one[torch.arange(len(rows)), torch.tensor(cells, device=active.device)] = True
             candidates = self.masks[active[where]] & ~_spread(one, side, self.masks.shape[1:])
-            ok, scores = self.ask(active[where], candidates)
+            found = self.ask(active[where], candidates, first=self.fatal[active[where], torch.tensor(cells)])
+            ok, scores = found.ok, found.scores
+            self.fatal[active[where], torch.tensor(cells)] = _failed(found)
             moved: set[int] = set()
             for number, (row, cell) in enumerate(zip(rows, cells, strict=True)):
                 if row in moved:
@@ -251,13 +300,17 @@ class _Search:
         )
         return rank, present.sum(1)
 
-    def weigh(self) -> None:
+    def weigh(self, index: Tensor) -> None:
         """Importance [B,1,H,W]: what the class loses, to first order, when a pixel of the mask goes.
 
-        Averaged over the default background and one random one.
+        Averaged over the default background and one random one, for the images ``index`` [n]; for others, whose few
+        cells are soon tried, each pixel of the mask counts alike, for nothing.
         """
-        judge, active = self.judge, self.active()
-        for part in judge.micro_batch.run(lambda part: part, active):
+        judge = self.judge
+        self.importance = self.masks.to(self.x.dtype)
+        if not len(index):
+            return
+        for part in judge.micro_batch.run(lambda part: part, index):
             x, decision, mask = self.x[part], self.decision[part], self.masks[part].float()
             picks = torch.zeros(len(part), 1, dtype=torch.long)
             random = judge.backgrounds.draw(RANDOM[0], x, picks, purpose="minimise")[:, 0]
@@ -265,7 +318,13 @@ class _Search:
             for background in (judge.backgrounds.default(x), random):
                 total += judge.slope(x, decision, mask, background) * mask
             self.importance[part] = total
-        self.spent[active] += 2 * GRADIENT
+        self.spent[index] += 2 * GRADIENT
+
+
+def _failed(found: Verdict) -> Tensor:
+    """The check [n] that each mask failed by most, -1 where it passed all."""
+    worst, check = found.margins.nan_to_num(torch.inf).min(1)
+    return torch.where(worst <= 0, check, -1)
 
 
 def _circular(items: list[int], start: int) -> Iterator[int]:

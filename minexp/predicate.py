@@ -88,8 +88,9 @@ class Predicate:
     of ``draws`` random backgrounds of the training families (those of which two draws differ; the mean colour is the
     default background). The draws have an order, and ``early`` of them without a miss are enough (a double sampling
     plan: Dodge and Romig 1929); ``acceptance`` says what that proves. ``repeats`` sets of draws, each new, have to
-    agree: for searches that try many masks. dilated: the decision has to stay as well when the mask grows by one pixel
-    on all sides.
+    agree: for searches that try many masks. clean: the early draws alone count, and none may fail, so that one miss
+    shows that a mask does not hold. dilated: the decision has to stay as well when the mask grows by one pixel on all
+    sides.
     """
 
     kind: Literal["top1", "score", "robust"] = "robust"
@@ -99,6 +100,7 @@ class Predicate:
     early: int = 7
     repeats: int = 1
     dilated: bool = False
+    clean: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in ("top1", "score", "robust"):
@@ -112,7 +114,7 @@ class Predicate:
     @property
     def misses(self) -> int:
         """How many draws of a set may fail."""
-        return math.floor((1 - self.rho) * self.draws + 1e-9)
+        return 0 if self.clean else math.floor((1 - self.rho) * self.draws + 1e-9)
 
     def acceptance(self, robust: float) -> float:
         """Probability that a mask with the class kept on the share ``robust`` of all backgrounds passes the draws."""
@@ -128,7 +130,9 @@ class Predicate:
             ]
             if number == early:
                 accepted, running[0] = running[0], 0.0
-        return float((accepted + sum(running)) ** self.repeats)
+                if self.clean:
+                    break
+        return float((accepted + sum(running) * (not self.clean)) ** self.repeats)
 
     def stricter(self, factor: int) -> Predicate:
         """The same predicate on that many times the draws: new sets of them or, without an early pass, a larger set."""
@@ -146,6 +150,10 @@ class Predicate:
         if self.kind == "score":
             text = f"p >= {self.tau:g}"
         elif self.kind == "robust":
+            early = min(self.early, self.draws)
+            if self.clean:
+                text += f" and robust >= {self.rho:g} ({self.repeats * early} backgrounds without a miss)"
+                return text + (", also dilated" if self.dilated else "")
             text += f" and robust >= {self.rho:g} on {self.draws} backgrounds"
             if self.early < self.draws:
                 text += f" ({self.early} without a miss)"

@@ -21,7 +21,7 @@ from .repair import SPARING, Masks, local_order, threshold_masks
 from .targets import Target
 
 NOT_ENOUGH = "the pixels that no other explanation uses are not enough"
-FROM_ALL = 3  # grids that a mask of everything is reduced on, the coarsest first
+FROM_ALL = Minimisation(parts=8, levels=3)  # how a mask of everything is reduced: on coarse cells first
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def multiple(
     label, used = judge.target.decide(logits), found[0].masks.clone()
     open_ = torch.tensor([c.certified for c in found[0].certificates], device=x.device)
     settings = options.get("minimisation") or Minimisation()
-    settings = replace(settings, levels=max(settings.levels, FROM_ALL))
+    settings = replace(settings, parts=FROM_ALL.parts, levels=max(settings.levels, FROM_ALL.levels))
     with classifier.frozen():
         for _ in range(count - 1):
             rest = ~used[:, None]
@@ -138,7 +138,7 @@ def _reduced(
             whole = torch.ones_like(x[:, :1], dtype=torch.bool)
             verdict = judge.holds(x, label, whole)
             start = _start(whole, verdict.scores, verdict.ok, verdict.spent)
-        return minimise(judge, x, label, start, settings or Minimisation(levels=FROM_ALL))
+        return minimise(judge, x, label, start, settings or FROM_ALL)
 
 
 def _start(masks: Tensor, scores: Tensor, holds: Tensor, spent: Tensor) -> Masks:

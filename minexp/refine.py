@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -15,15 +15,18 @@ from .masker import KEEP_ALL, straight_through
 from .objective import PRESETS, Objective, Target, evaluate_on, make_target
 from .repair import GUIDED, Masks, threshold_masks
 
-_OBJECTIVE = replace(PRESETS["default"], soft=0.5)
+# A descent of few steps begins with the weights that a long one ends with.
+_OBJECTIVE = replace(PRESETS["default"], soft=0.5, area=30.0, rob=3.0)
 _REPAIR = replace(GUIDED, early=False)
 CELLS = 32  # of the grid, along the image's shorter side
+WARM, COLD = 16, 30  # steps from a masker's output, and from keep-all
 
 
 @dataclass(frozen=True)
 class Refinement:
     """How to optimise: ``steps`` of Adam at rate ``lr`` on logits of one cell per ``stride`` pixels.
 
+    steps: by default WARM from a masker's output, COLD from keep-all.
     stride: by default so many that the shorter side has CELLS cells. A step shows the explanation on one background,
     the training families in turn, and takes of the objective the terms that are about it: for as many evaluations,
     masks end smaller and more robust than when each step shows the default background and a random one.
@@ -33,11 +36,15 @@ class Refinement:
     prove little (`controls.wrong_class`).
     """
 
-    steps: int = 60
-    lr: float = 0.4
+    steps: int | None = None
+    lr: float = 0.5
     stride: int | None = None
     check: int = 0
     objective: Objective = _OBJECTIVE
+
+    def length(self, start: Tensor | None) -> int:
+        """Steps of a descent that begins with the logits ``start``, or with keep-all."""
+        return self.steps or (COLD if start is None else WARM)
 
     def grid(self, shape: torch.Size) -> tuple[int, int]:
         """Rows and columns of cells for images [..., H, W]."""
@@ -64,19 +71,18 @@ def refine(
     numbers = torch.zeros(b, dtype=torch.long) if numbers is None else numbers.cpu()
     if b < EXACT:  # a descent enlarges what kernels for few images round differently
         begin = None if start is None else repeated(start)
-        several = refine(judge, repeated(x), settings, start=begin, numbers=repeated(numbers))
-        return Masks(*(getattr(several, field.name)[:b] for field in fields(Masks)))
+        return refine(judge, repeated(x), settings, start=begin, numbers=repeated(numbers)).first(b)
+    steps = settings.length(start)
     with judge.classifier.frozen():
         target = make_target(judge.classifier, x, settings.objective, reused=True)
         best: Masks | None = None
         for step, p in enumerate(descend(judge, x, target, settings, start, numbers)):
-            hard = step >= settings.objective.soft * settings.steps
-            last = step + 1 == settings.steps
+            hard, last = step >= settings.objective.soft * steps, step + 1 == steps
             if settings.check and hard and not last and (step + 1) % settings.check == 0:
                 best = _keep_smaller(best, _tried(judge, x, target.decision, p))
         final = threshold_masks(judge, x, target.decision, p, tighten=bool(settings.check), settings=_REPAIR)
         best = _keep_smaller(best, final)
-    return replace(best, evaluations=best.evaluations + GRADIENT * settings.steps + 1)  # one: the target's
+    return replace(best, evaluations=best.evaluations + GRADIENT * steps + 1)  # one: the target's
 
 
 def descend(
@@ -100,8 +106,9 @@ def descend(
     weight = torch.full((b,), objective.area, device=x.device)
     low, high = objective.dual_range
     background = judge.backgrounds.default(x)
-    for step in range(settings.steps):
-        hard = step >= objective.soft * settings.steps
+    steps = settings.length(start)
+    for step in range(steps):
+        hard = step >= objective.soft * steps
         p = torch.sigmoid(F.interpolate(coarse, size=(h, w), mode="bilinear", align_corners=False))
         mask = straight_through(p) if hard else p
         family = TRAINING[step % len(TRAINING)]
@@ -115,7 +122,7 @@ def descend(
         if objective.dual:
             rate = 2 * objective.dual_rate
             weight = (weight * (1 + rate * (2 * held - 1) * torch.where(held > 0, 0.5, 1.0))).clamp(low, high)
-        if step + 1 < settings.steps:
+        if step + 1 < steps:
             yield p.detach()
     yield torch.sigmoid(F.interpolate(coarse.detach(), size=(h, w), mode="bilinear", align_corners=False))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +51,8 @@ class Masks:
     """Hard masks [B,1,H,W], whether the predicate holds for each, the threshold that gave it, evaluations spent.
 
     scores [B,K]: the classifier's, of what each mask keeps on the default background. minimal_at [B]: side in
-    pixels of the cells none of which can go, 0 where that is not known.
+    pixels of the cells none of which can go, 0 where that is not known. margins [B,D]: by how much they passed the
+    judge's checks, where that was kept.
     """
 
     masks: Tensor
@@ -60,20 +61,31 @@ class Masks:
     evaluations: Tensor
     scores: Tensor
     minimal_at: Tensor
+    margins: Tensor | None = None
 
     @staticmethod
     def cat(parts: Sequence[Masks]) -> Masks:
         """The masks of several batches as one."""
-        return Masks(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Masks)))
+        return Masks(
+            *(torch.cat(column) for column in zip(*(part._columns() for part in parts), strict=True))
+        )
 
     def put(self, index: Tensor, other: Masks) -> Masks:
         """These masks, with those numbered ``index`` taken from ``other``."""
         columns = []
-        for field in fields(Masks):
-            column = getattr(self, field.name).clone()
-            column[index] = getattr(other, field.name)
-            columns.append(column)
+        for mine, theirs in zip(self._columns(), other._columns(), strict=True):
+            columns.append(mine.clone())
+            columns[-1][index] = theirs
         return Masks(*columns)
+
+    def first(self, number: int) -> Masks:
+        """Those of the first images alone."""
+        margins = None if self.margins is None else self.margins[:number]
+        return replace(Masks(*(column[:number] for column in self._columns())), margins=margins)
+
+    def _columns(self) -> list[Tensor]:
+        """All but the margins, which are about one judge's predicate."""
+        return [getattr(self, field.name) for field in fields(Masks) if field.name != "margins"]
 
 
 def threshold_masks(
@@ -101,17 +113,10 @@ def threshold_masks(
     first = flat > threshold if at_least is None else _level_set(flat, ranked, at_least.clamp(1, h * w))
     count = first.sum(1)
 
+    asked = judge.cleaner() if settings.early else judge
+
     def ask(index: Tensor, masks: Tensor, hints: Tensor | None) -> Verdict:
-        if not settings.early:
-            return judge.holds(x[index], decision[index], masks, hints=hints)
-        checks = judge.early().expand(len(index), -1)
-        return judge.passes(
-            x[index],
-            decision[index],
-            masks,
-            checks,
-            torch.zeros_like(checks, dtype=x.dtype) if hints is None else hints,
-        )
+        return asked.holds(x[index], decision[index], masks, hints=hints)
 
     verdict = ask(torch.arange(len(x), device=x.device), first.view(p.shape), None)
     ok, spent, scores = verdict.ok, verdict.spent, verdict.scores.clone()
@@ -168,13 +173,14 @@ def threshold_masks(
     if len(whole) and certain and not settings.again:
         scores[whole] = judge.logits(x[whole])
         spent[whole] += 1
+    margins = -hints if settings.hints else None
     masks = torch.where((ok & (high == count))[:, None], first, _level_set(flat, ranked, high))
     level = ranked.gather(1, (high - 1).clamp_min(0)[:, None])[:, 0]
     if settings.guided:  # what grew by gradients is no level set of p, but for the mask it grew from
         level = torch.where(ok, level, torch.full_like(level, threshold))
     if at_least is None:
         level = torch.where(ok & (high == count), torch.full_like(level, threshold), level)
-    return Masks(masks.view(p.shape), holds, level, spent, scores, torch.zeros_like(spent))
+    return Masks(masks.view(p.shape), holds, level, spent, scores, torch.zeros_like(spent), margins)
 
 
 def _level_set(flat: Tensor, ranked: Tensor, size: Tensor) -> Tensor:

@@ -20,7 +20,15 @@ from .repair import GUIDED, Masks, Repair, growth_order, local_order, threshold_
 Effort = Literal["fast", "refined", "minimal"]
 EFFORTS: tuple[Effort, ...] = ("fast", "refined", "minimal")
 # Sets of the predicate's draws that have to agree. One that tries many masks finds some that suit the draws by chance.
-REPEATS = {"fast": 1, "refined": 1, "minimal": 5}
+REPEATS = {"fast": 1, "refined": 1, "minimal": 4}
+
+
+def held_to(judge: Judge, effort: Effort, more: int = 0) -> Judge:
+    """The judge that an effort's masks satisfy, with ``more`` sets of draws.
+
+    minimal tries many masks that fail: one miss has to be enough to show that they do.
+    """
+    return (judge.cleaner() if effort == "minimal" else judge).stricter(REPEATS[effort] + more)
 
 
 class Search:
@@ -39,7 +47,7 @@ class Search:
         match: Match | None = None,
         repair: Repair | None = None,
     ) -> None:
-        self.judge = judge.stricter(REPEATS[effort])
+        self.asked, self.judge = judge, held_to(judge, effort)
         self.x, self.decision = x, judge.target.decide(logits)
         self.masker, self.effort, self.repair = masker, effort, repair or GUIDED
         self.published = None if preset != "paper" else PRESETS["paper"]
@@ -71,8 +79,8 @@ class Search:
             self.order[index] = growth_order(found.masks)
             return found
         numbers = torch.tensor([zlib.crc32(i.numpy().tobytes()) % 2**20 for i in x.cpu()])
-        # from keep-all: at the same number of steps, masks end smaller than from a masker's output
-        found = refine(self.judge, x, self.refinement, numbers=numbers)
+        start = None if self.masker is None else torch.logit(self.masker.probabilities(x), eps=1e-3)
+        found = refine(self.judge, x, self.refinement, start=start, numbers=numbers)
         self.order[index] = growth_order(found.masks)
         return self._reduce(self.judge, x, decision, found)
 
@@ -90,9 +98,9 @@ class Search:
     def enlarge(self, index: Tensor, masks: Tensor, attempt: int) -> tuple[Judge, Masks]:
         """For images ``index`` [n] whose masks [n,1,H,W] fresh draws contradict: larger ones that hold on more draws.
 
-        Also the judge they satisfy, with 2**attempt times the draws.
+        Also the judge they satisfy, with 2**attempt - 1 sets of draws more.
         """
-        judge = self.judge.stricter(2**attempt)
+        judge = held_to(self.asked, self.effort, 2**attempt - 1)
         x, decision = self.x[index], self.decision[index]
         at_least = (masks.flatten(1).sum(1) * self.repair.enlarge).ceil().long()
         order = torch.where(masks, 1 + self.order[index], self.order[index])

@@ -87,6 +87,8 @@ def test_predicates_in_words() -> None:
     assert str(Predicate(rho=0.9, early=20)) == "top-1 kept and robust >= 0.9 on 20 backgrounds"
     text = "top-1 kept and robust >= 0.95 on 20 backgrounds (7 without a miss), 2 times, also dilated"
     assert str(Predicate(repeats=2, dilated=True)) == text
+    text = "top-1 kept and robust >= 0.95 (14 backgrounds without a miss), also dilated"
+    assert str(Predicate(repeats=2, dilated=True, clean=True)) == text
 
 
 @pytest.mark.parametrize("bad", [{"kind": "best"}, {"rho": 0.0}, {"rho": 1.1}, {"draws": 0}, {"tau": -0.1}])
@@ -140,12 +142,14 @@ def slow_holds(bound: Judge, x: Tensor, label: int, mask: Tensor) -> bool:
             family, pick = RANDOM[number % 4], torch.tensor([[number // 4]])
             background = bound.backgrounds.draw(family, x, pick, purpose="predicate")[0]
             kept.append(int(classifier.logits(torch.where(mask, x, background)).argmax()) == label)
-        if not (all(kept[: predicate.early]) or sum(kept) >= predicate.rho * predicate.draws - 1e-9):
+        forgiven = not predicate.clean and sum(kept) >= predicate.rho * predicate.draws - 1e-9
+        if not (all(kept[: predicate.early]) or forgiven):
             return False
     return True
 
 
 PREDICATES = [
+    Predicate(rho=0.6, draws=8, early=5, clean=True),
     Predicate(rho=0.95, draws=10),
     Predicate(rho=0.8, draws=12, early=12),
     Predicate(rho=0.6, draws=10, early=3),
@@ -188,6 +192,37 @@ def test_hints_change_what_is_asked_and_no_verdict(predicate: Predicate) -> None
     assert torch.equal(bound.holds(x, label, mask, hints=random).ok, plain.ok)
 
 
+@pytest.mark.parametrize("predicate", PREDICATES, ids=str)
+def test_what_is_known_of_a_mask_is_not_asked_again(predicate: Predicate) -> None:
+    classifier, n = filters(), 24
+    x, mask = noise_images(n), torch.cat([random_masks(n // 2, 0.6), random_masks(n // 2, 0.95)])
+    label = classifier.logits(x).argmax(1)
+    bound = judge(classifier, predicate)
+    whole = bound.holds(x, label, mask)
+    some = torch.zeros(n, bound.checks, dtype=torch.bool)
+    some[:, ::2] = True
+    known = bound.passes(x, label, mask, some, torch.zeros(n, bound.checks))
+    with counted(classifier) as count:
+        found = bound.holds(x, label, mask, known=known)
+    assert torch.equal(found.ok, whole.ok) and 0 < found.ok.sum() < n
+    assert count.images == int(found.spent.sum()) < int(whole.spent.sum())
+    assert torch.allclose(found.scores[found.ok], whole.scores[whole.ok], atol=1e-5)
+
+
+def test_one_miss_rejects_where_the_predicate_is_clean() -> None:
+    """The strictest judge of all: what it accepts passes the named predicate, and a mask that fails shows one miss."""
+    classifier, n = filters(), 32
+    x, mask = noise_images(n), random_masks(n, 0.9)
+    label = classifier.logits(x).argmax(1)
+    bound = judge(classifier, Predicate(rho=0.6, draws=10, early=5, repeats=2))
+    loose, clean = bound.holds(x, label, mask), bound.cleaner().holds(x, label, mask)
+    assert (loose.ok | ~clean.ok).all() and loose.ok.sum() > clean.ok.sum() > 0
+    assert (clean.spent <= loose.spent).all()
+    assert ((clean.margins <= 0).any(1) == ~clean.ok).all()
+    early = bound.early().expand(n, -1)
+    assert torch.equal(clean.ok, bound.passes(x, label, mask, early, torch.zeros(n, bound.checks)).ok)
+
+
 def test_a_mask_passes_early_or_after_all_draws() -> None:
     """Draws that fail by number: seven without a miss are enough, one miss of twenty is forgiven, two are not."""
     bound = judge(red_pixel(), Predicate(), mean=torch.zeros(3))
@@ -213,14 +248,15 @@ def test_what_the_stricter_judge_accepts_is_accepted() -> None:
     assert (loose | ~strict).all() and loose.sum() > strict.sum() > 0
 
 
-@pytest.mark.parametrize("predicate", PREDICATES[:5], ids=str)
+@pytest.mark.parametrize("predicate", PREDICATES[:6], ids=str)
 def test_acceptance_is_the_share_of_draws_that_pass(predicate: Predicate) -> None:
     """Against the enumeration of every outcome of the draws."""
     for robust in (0.0, 0.6, 0.9, 1.0):
         total = 0.0
         for outcome in itertools.product((0, 1), repeat=predicate.draws):
             hits = sum(outcome)
-            if all(outcome[: predicate.early]) or hits >= predicate.rho * predicate.draws - 1e-9:
+            forgiven = not predicate.clean and hits >= predicate.rho * predicate.draws - 1e-9
+            if all(outcome[: predicate.early]) or forgiven:
                 total += robust**hits * (1 - robust) ** (predicate.draws - hits)
         assert predicate.acceptance(robust) == pytest.approx(total**predicate.repeats)
 

@@ -24,7 +24,7 @@ from minexp.classifier import Classifier
 from minexp.judge import Judge
 from minexp.objective import Objective
 from minexp.predicate import Predicate
-from minexp.refine import Refinement, _adam, _keep_smaller, refine
+from minexp.refine import COLD, WARM, Refinement, _adam, _keep_smaller, refine
 from minexp.repair import Masks
 
 OBJECTIVE = Objective(area=4.0, dual_rate=0.1, soft=0.5)
@@ -132,6 +132,16 @@ def test_a_start_from_logits_is_where_it_starts() -> None:
     inside = torch.zeros(SIDE, SIDE, dtype=torch.bool)
     inside[1:11, 5:15] = True  # interpolation may round the corners of the square
     assert found.holds.all() and not (found.masks[:, 0] & ~inside).any()
+
+
+def test_a_descent_from_a_maskers_output_is_shorter() -> None:
+    bound, x = judge(red_pixel(), Predicate("top1"), 0.0), red_images(2)
+    settings = replace(SHORT, steps=None, check=0)
+    cold = refine(bound, x, settings)
+    warm = refine(bound, x, settings, start=torch.full((2, 1, SIDE, SIDE), 4.0))
+    saved = (cold.evaluations - warm.evaluations - 2 * (COLD - WARM)).abs()
+    assert (saved < 20).all() and settings.length(None) == COLD > settings.length(x) == WARM
+    assert replace(settings, steps=7).length(None) == replace(settings, steps=7).length(x) == 7
 
 
 @pytest.mark.parametrize("throws", [False, True])

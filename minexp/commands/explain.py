@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -44,7 +44,8 @@ class Explain(WithModel, WithEngine):
     match: Literal["kl", "mse", "cosine", "off"] | None = None
     """How that objective compares activations, in place of the preset's way."""
     cell: int | None = None
-    """With minimal, --why-not and --necessary: side of a cell in pixels, a fifth of the image by default."""
+    """With minimal: side of a cell in pixels, by default a quarter of the image, or an eighth of it with --why-not and
+    --necessary."""
     max_evals: int | None = None
     """With those: classifier evaluations an image may take to be reduced; what is left then is not called minimal."""
     multiple: int = 1
@@ -118,7 +119,7 @@ class Explain(WithModel, WithEngine):
             at_least_one("--max-evals", self.max_evals)
         minimisation = None
         if self._asks():
-            minimisation = Minimisation(cell=self.cell, levels=FROM_ALL, max_evals=self.max_evals)
+            minimisation = replace(FROM_ALL, cell=self.cell, max_evals=self.max_evals)
         elif self.effort == "minimal":
             minimisation = Minimisation(cell=self.cell, max_evals=self.max_evals)
         elif self.cell is not None or self.max_evals is not None:

@@ -45,6 +45,10 @@ def make_plan(
         raise RequestError(
             "an explainer file asks for the scores of the kept pixels once; set Repair.again to False"
         )
+    if predicate.clean:
+        raise RequestError(
+            "an explainer file asks all draws of a set that has a miss; set Predicate.clean to False"
+        )
     asked = [predicate.stricter(REPEATS["fast"] * 2**attempt) for attempt in range(RETRIES + 1)]
     return Plan(
         kind=predicate.kind,
