@@ -23,13 +23,13 @@ from minexp.explanation import make_backgrounds
 from minexp.judge import Judge
 from minexp.objective import Objective, make_target
 from minexp.predicate import Predicate
-from minexp.refine import Refinement, descend, refine
+from minexp.refine import COLD, Refinement, descend, refine
 
 COLUMNS = (
     *("variant", "images", "area", "area_ci", "train", "held", "inside"),
     *("alone_area", "alone_kept", "alone_train", "alone_inside", "seconds"),
 )
-BASE = replace(Objective(), soft=0.5)
+BASE = Refinement().objective
 VARIANTS: dict[str, Objective] = {
     "default": BASE,
     "activations: off": replace(BASE, match="off"),
@@ -47,7 +47,7 @@ VARIANTS: dict[str, Objective] = {
 
 
 def measure(
-    quiet: bool, *, images: int = 100, out: str | None = None, steps: int = 60, seed: int = 0
+    quiet: bool, *, images: int = 100, out: str | None = None, steps: int = COLD, seed: int = 0
 ) -> list[dict[str, Any]]:
     """A row a variant, on scenes of the validation split; the classifier of `--out`/plain, or one trained for this."""
     classifier, masker = prepared("plain", None if out is None else Path(out))
@@ -58,7 +58,7 @@ def measure(
     rows, size = [], judge.micro_batch.size
     for name, objective in VARIANTS.items():
         started = time.process_time()
-        settings = Refinement(steps=steps, check=15, objective=objective)
+        settings = Refinement(steps=steps, check=10, objective=objective)
         found, alone = [], []
         for first in range(0, images, size):
             part = x[first : first + size]

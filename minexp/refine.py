@@ -16,7 +16,7 @@ from .objective import PRESETS, Objective, Target, evaluate_on, make_target
 from .repair import GUIDED, Masks, threshold_masks
 
 # A descent of few steps begins with the weights that a long one ends with.
-_OBJECTIVE = replace(PRESETS["default"], soft=0.5, area=30.0, rob=3.0)
+_OBJECTIVE = replace(PRESETS["default"], soft=0.5, area=30.0)
 _REPAIR = replace(GUIDED, early=False)
 CELLS = 32  # of the grid, along the image's shorter side
 WARM, COLD = 16, 30  # steps from a masker's output, and from keep-all

@@ -20,7 +20,7 @@ from .repair import GUIDED, Masks, Repair, growth_order, local_order, threshold_
 Effort = Literal["fast", "refined", "minimal"]
 EFFORTS: tuple[Effort, ...] = ("fast", "refined", "minimal")
 # Sets of the predicate's draws that have to agree. One that tries many masks finds some that suit the draws by chance.
-REPEATS = {"fast": 1, "refined": 1, "minimal": 4}
+REPEATS = {"fast": 1, "refined": 1, "minimal": 3}
 
 
 def held_to(judge: Judge, effort: Effort, more: int = 0) -> Judge:
@@ -98,9 +98,9 @@ class Search:
     def enlarge(self, index: Tensor, masks: Tensor, attempt: int) -> tuple[Judge, Masks]:
         """For images ``index`` [n] whose masks [n,1,H,W] fresh draws contradict: larger ones that hold on more draws.
 
-        Also the judge they satisfy, with 2**attempt - 1 sets of draws more.
+        Also the judge they satisfy, with twice the sets of draws or half as many more, and so on.
         """
-        judge = held_to(self.asked, self.effort, 2**attempt - 1)
+        judge = held_to(self.asked, self.effort, (2**attempt - 1) * ((REPEATS[self.effort] + 1) // 2))
         x, decision = self.x[index], self.decision[index]
         at_least = (masks.flatten(1).sum(1) * self.repair.enlarge).ceil().long()
         order = torch.where(masks, 1 + self.order[index], self.order[index])
