@@ -48,14 +48,16 @@ def packed(mask: Value) -> Value:
 def masked(kept: Value, image: Value, colour: npt.NDArray[np.uint8]) -> Value:
     """image uint8 [B,H,W,C] with the pixels that kept, bool [B,H,W], leaves out in a colour [C].
 
-    Chosen plane by plane: ONNX Runtime is slow where the innermost side of what is chosen by differs. Flat planes,
-    because it would undo the transposition of others.
+    Clipped to bounds, both the colour where it shows and all bytes elsewhere, that are chosen as planes: ONNX Runtime
+    is slow where the innermost side of what is chosen by differs, and where choices change from pixel to pixel.
     """
-    planes = image.transpose(0, 3, 1, 2)
-    shown = where(
-        kept.reshape(0, 1, -1), planes.reshape(0, len(colour), -1), constant(colour.reshape(1, -1, 1))
-    )
-    return shown.shaped_like(planes).transpose(0, 2, 3, 1)
+    inside, shown = kept.reshape(0, 1, -1), colour.reshape(1, -1, 1)
+
+    def bound(free: int) -> Value:
+        planes = where(inside, constant(np.full_like(shown, free)), constant(shown))
+        return planes.transpose(0, 2, 1).shaped_like(image)
+
+    return image.clip(bound(0) if colour.any() else None, bound(255))
 
 
 def area(mask: Value) -> Value:
