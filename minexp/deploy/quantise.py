@@ -22,10 +22,8 @@ from .runtime import Explained
 
 CALIBRATION = 64  # images are enough for the ranges of activations
 WORTHWHILE = 64  # products an output from which on a first layer is faster in 8 bits: 7×7 of colours, not 3×3
-MOST_LABELS, MOST_FLIPS = (
-    0.02,
-    0.02,
-)  # shares of images of another class, and of mask pixels, that are accepted
+# shares of images of another class, and of mask pixels, that are accepted
+MOST_LABELS, MOST_FLIPS = 0.02, 0.02
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,8 @@ def quantised(
         try:
             quant_pre_process(plain, ready, skip_symbolic_shape=True)
             network = onnx.load(ready)
-            scales = {} if origin is None else {_first(network).input[0]: _grid(origin)}
+            source = _first(network).input[0]
+            scales = {} if origin is None else {source: _grid(origin)}
             quantize_static(
                 ready,
                 done,
@@ -133,16 +132,11 @@ def quantised(
     del model.opset_import[:]  # the quantiser names domains that it does not use
     model.opset_import.extend(standard)
     model = sizes_of_bytes(model)
-    return model if origin is None else _taking_bytes(model, origin)
+    return model if origin is None else _taking_bytes(model, source, origin)
 
 
-_QUANTISED = (
-    "Conv",
-    "Gemm",
-    "MatMul",
-    "Add",
-    "Relu",
-)  # the rest is faster in float than its way to 8 bits and back
+# the rest is faster in float than its way to 8 bits and back
+_QUANTISED = ("Conv", "Gemm", "MatMul", "Add", "Relu")
 _WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
@@ -156,12 +150,12 @@ def _grid(origin: int) -> list[dict[str, Any]]:
     return [{"scale": np.array(1 / 255, np.float32), "zero_point": np.array(origin, np.uint8)}]
 
 
-def _taking_bytes(model: onnx.ModelProto, origin: int) -> onnx.ModelProto:
-    """The model without its first quantisation: what moves values before it moves bytes as well."""
+def _taking_bytes(model: onnx.ModelProto, source: str, origin: int) -> onnx.ModelProto:
+    """The model without the quantisation of ``source``: what moves values before it moves bytes as well."""
     graph = model.graph
-    quantise = next(node for node in graph.node if node.op_type == "QuantizeLinear")
+    (quantise,) = (n for n in graph.node if n.op_type == "QuantizeLinear" and n.input[0] == source)
     for node in graph.node:
-        node.input[:] = [quantise.input[0] if name == quantise.output[0] else name for name in node.input]
+        node.input[:] = [source if name == quantise.output[0] else name for name in node.input]
         if node.op_type == "Pad":
             node.input[2:3] = ["origin"]
     graph.initializer.append(onnx.numpy_helper.from_array(np.array(origin, np.uint8), "origin"))
