@@ -202,5 +202,5 @@ def write(rows: list[Row], stem: Path) -> None:
     axes.invert_yaxis()
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xlabel("times as fast as torch eager")
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=len(kinds))
     figure.savefig(stem.with_suffix(".png"), dpi=110)
