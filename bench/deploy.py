@@ -14,15 +14,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import torch
+from deploy_networks import BATCHES, Call, Row, classifier_rows, masker_rows, timed
 from PIL import Image
 from rows import COLUMNS as ROWS
 from rows import write_csv
@@ -32,122 +31,23 @@ from minexp.data.sources import open_source
 from minexp.data.subjects import digits
 from minexp.deploy.export import Draft
 from minexp.deploy.job import explain_dataset as explain_onnx
-from minexp.deploy.networks import classifier_network, masker_network
-from minexp.deploy.quantise import quantised
-from minexp.deploy.runtime import Explainer, open_session
+from minexp.deploy.runtime import Explainer
 from minexp.jobs.local import explain_dataset as explain_torch
 from minexp.masker import Architecture, Masker
 from minexp.predicate import Predicate
-from minexp.specs import build
 
 RESULTS = Path(__file__).resolve().parent / "results"
 COLUMNS = (*ROWS[:-1], "memory")  # no bandwidth, but memory
-REPEATS, BATCHES, THREADS, SIDE = 5, (1, 8, 32), (1, 2), 224
-COMPILED = (1, 8)  # threads and batch with which torch.compile is measured: each takes half a minute
 JPEGS = 96
-Row = dict[str, Any]
-Call = Callable[[], Any]
 
 
 def measure(quiet: bool) -> list[Row]:
     """Rows for `minexp bench deploy`, times in ms of one call (of one image for folders), memory in MB."""
     torch.manual_seed(0)
     say = (lambda line: None) if quiet else (lambda line: print(line, file=sys.stderr))
-    rows = [*_masker_rows(say), *_classifier_rows(say), *_explainer_rows(say)]
+    rows = [*masker_rows(say), *classifier_rows(say), *_explainer_rows(say)]
     write(rows, RESULTS / f"deploy-{'cuda' if torch.cuda.is_available() else 'cpu'}")
     return rows
-
-
-# ---------------------------------------------------------------- the masker alone
-
-
-def _masker_rows(say: Callable[[str], None]) -> Iterable[Row]:
-    masker = Masker(Architecture(stride=4)).eval()
-    torch.nn.init.normal_(masker.head.weight, std=0.1)
-    plain = masker_network(masker, (SIDE, SIDE))
-    sample = np.random.default_rng(0).random((16, 3, SIDE, SIDE), dtype=np.float32)
-    networks = {"fp32": plain, "int8": quantised(plain, sample)}
-    for threads in THREADS:
-        torch.set_num_threads(threads)
-        for batch in BATCHES:
-            say(f"masker: {threads} threads, batch {batch}")
-            x = torch.rand(batch, 3, SIDE, SIDE)
-            calls: dict[tuple[str, str], Call] = {("torch-cpu", "eager"): partial(_forward, masker, x)}
-            if (threads, batch) == COMPILED and (compiled := _compiled(masker, x, say)) is not None:
-                calls["torch-cpu", "compile"] = partial(_forward, compiled, x)
-            for mode, network in networks.items():
-                for name, session in _sessions(network, threads):
-                    calls[name, mode] = partial(session.run, None, {"x": x.numpy()})
-            yield from _timed(f"masker {SIDE}²", calls, f"{batch}x3x{SIDE}x{SIDE}", threads)
-    torch.set_num_threads(1)
-
-
-def _classifier_rows(say: Callable[[str], None]) -> Iterable[Row]:
-    """The classifiers alone, which bound what 8 bits can gain: the scenes' and, with torchvision, ResNet-18."""
-    torch.set_num_threads(1)
-    subjects = [("scenes", digits(), 32)]
-    if importlib.util.find_spec("torchvision") is not None:
-        built = build("torchvision:resnet18", num_classes=None, pretrained=False, trust_model=False)
-        subjects.append(("resnet18", Classifier(built.model, preprocessing=built.preprocessing), 8))
-    for name, classifier, batch in subjects:
-        say(f"classifier: {name}")
-        shape = classifier.input_shape
-        sample = np.random.default_rng(0).random((8, *shape), dtype=np.float32)
-        plain, x = classifier_network(classifier), torch.rand(batch, *shape)
-        calls: dict[tuple[str, str], Call] = {("torch-cpu", "eager"): partial(_forward, classifier.logits, x)}
-        for mode, network in {"fp32": plain, "int8": quantised(plain, sample)}.items():
-            for provider, session in _sessions(network, 1):
-                calls[provider, mode] = partial(session.run, None, {"x": x.numpy()})
-        yield from _timed(f"classifier {name}", calls, "x".join(map(str, (batch, *shape))), 1)
-
-
-def _forward(model: Any, x: torch.Tensor) -> Any:
-    with torch.no_grad():
-        return model(x)
-
-
-def _compiled(masker: Masker, x: torch.Tensor, say: Callable[[str], None]) -> Any:
-    """torch.compile for such an input, where this machine has a compiler for it."""
-    torch.compiler.reset()
-    model = torch.compile(masker, dynamic=False)
-    started = time.perf_counter()
-    try:
-        _forward(model, x)
-    except Exception as error:  # no C++ compiler, or one it does not like
-        say(f"torch.compile is left out: {type(error).__name__}")
-        return None
-    say(f"torch.compile took {time.perf_counter() - started:.0f} s")
-    return model
-
-
-def _sessions(network: onnx.ModelProto, threads: int) -> Iterable[tuple[str, Any]]:
-    """Sessions of the network on each provider that is installed."""
-    import onnxruntime
-
-    content = network.SerializeToString()
-    names = {
-        "CUDAExecutionProvider": "cuda",
-        "TensorrtExecutionProvider": "tensorrt",
-        "OpenVINOExecutionProvider": "openvino",
-    }
-    wanted = ["cpu", *(names[n] for n in onnxruntime.get_available_providers() if n in names)]
-    for provider in wanted:
-        yield f"onnxruntime-{provider}", open_session(content, provider, threads, "masker")
-    if importlib.util.find_spec("openvino") is not None:
-        yield "openvino", _OpenVino(content, threads)
-
-
-class _OpenVino:
-    """OpenVINO behind ONNX Runtime's call."""
-
-    def __init__(self, content: bytes, threads: int) -> None:
-        import openvino
-
-        core = openvino.Core()
-        self._model = core.compile_model(core.read_model(content), "CPU", {"INFERENCE_NUM_THREADS": threads})
-
-    def run(self, _names: None, feeds: dict[str, Any]) -> Any:
-        return self._model(feeds)
 
 
 # ---------------------------------------------------------------- whole explanations
@@ -177,7 +77,7 @@ def _explainer_rows(say: Callable[[str], None]) -> Iterable[Row]:
             calls: dict[tuple[str, str], Call] = {("torch-cpu", "eager"): partial(draft.torch, part)}
             for mode, explainer in explainers.items():
                 calls["onnxruntime-cpu", mode] = partial(explainer.explain, part)
-            yield from _timed(f"explain {side}²", calls, f"{batch}x3x{side}x{side}", 1)
+            yield from timed(f"explain {side}²", calls, f"{batch}x3x{side}x{side}", 1, repeats=9)
         say("JPEG folder to Parquet")
         yield from _folder_rows(root, classifier, masker, explainers, rng)
         say("cold start and memory")
@@ -204,7 +104,7 @@ def _folder_rows(
     calls: dict[tuple[str, str], Call] = {("torch-cpu", "eager"): torch_job}
     for mode, explainer in explainers.items():
         calls["onnxruntime-cpu", mode] = partial(explain_onnx, explainer, source, root / mode, **settings)
-    yield from _timed("JPEG to Parquet", calls, f"{JPEGS}x3x375x500", 1, repeats=2, images=JPEGS)
+    yield from timed("JPEG to Parquet", calls, f"{JPEGS}x3x375x500", 1, repeats=2, images=JPEGS)
 
 
 COLD = """
@@ -272,33 +172,7 @@ def _child(body: str) -> tuple[float, float]:
     return milliseconds, memory
 
 
-# ---------------------------------------------------------------- timing and writing
-
-
-def _timed(
-    op: str,
-    calls: dict[tuple[str, str], Call],
-    shape: str,
-    threads: int,
-    *,
-    repeats: int = REPEATS,
-    images: int = 1,
-) -> list[Row]:
-    """One row a call: ms (an image, where a call takes ``images``), and how many times as fast as the first."""
-    times: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
-    for repeat in range(repeats + 1):
-        for key, call in calls.items():
-            started = time.perf_counter()
-            call()
-            if repeat:  # the first round warms up
-                times[key].append((time.perf_counter() - started) * 1000 / images)
-    eager = statistics.median(times["torch-cpu", "eager"])
-    rows = []
-    for (provider, mode), measured in times.items():
-        low, middle, high = (float(np.percentile(measured, share)) for share in (20, 50, 80))
-        row: Row = {"op": op, "provider": provider, "mode": mode, "shape": shape, "threads": threads}
-        rows.append(row | {"p20": low, "p50": middle, "p80": high, "speedup": eager / middle})
-    return rows
+# ---------------------------------------------------------------- writing
 
 
 def write(rows: list[Row], stem: Path) -> None:
@@ -328,5 +202,5 @@ def write(rows: list[Row], stem: Path) -> None:
     axes.invert_yaxis()
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xlabel("times as fast as torch eager")
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=len(kinds))
     figure.savefig(stem.with_suffix(".png"), dpi=110)

@@ -84,7 +84,14 @@ class Masker(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [B,1,H,W] of images x [B,C,H,W] in [0,1]."""
-        h = self.stem((x - 0.5) / 0.25)
+        return F.interpolate(self.grid(x), size=x.shape[2:], mode="bilinear", align_corners=False)
+
+    def grid(self, x: Tensor) -> Tensor:
+        """Logits [B,1,h,w], one a cell of ``stride`` pixels."""
+        return self.from_stem(self.stem((x - 0.5) / 0.25))
+
+    def from_stem(self, h: Tensor) -> Tensor:
+        """The grid's logits, of what the stem gives."""
         skips = []
         for stage in self.down:
             skips.append(h)
@@ -94,7 +101,8 @@ class Masker(nn.Module):
             skip = skips.pop()
             h = F.interpolate(narrow(h), size=skip.shape[2:], mode="bilinear", align_corners=False)
             h = up(h + skip)
-        return F.interpolate(self.head(h), size=x.shape[2:], mode="bilinear", align_corners=False)
+        logits: Tensor = self.head(h)
+        return logits
 
     def probabilities(self, x: Tensor) -> Tensor:
         """Keep-probabilities [B,1,H,W] of x [B,C,H,W], in eval mode and without gradient."""

@@ -57,7 +57,10 @@ def disturbed(scale: float) -> tuple[onnx.ModelProto, onnx.ModelProto]:
     """The tiles' networks, the masker's weights off by relative errors of that scale."""
     masker, rng = onnx.ModelProto(), np.random.default_rng(0)
     masker.CopyFrom(networks()[0])
-    for tensor in masker.graph.initializer:
+    for node in masker.graph.node:
+        if node.op_type != "Constant":
+            continue
+        tensor = node.attribute[0].t
         values = onnx.numpy_helper.to_array(tensor)
         if values.dtype == np.float32 and values.ndim == 4:
             values = (values * (1 + scale * rng.standard_normal(values.shape))).astype(np.float32)

@@ -26,7 +26,7 @@ from ..weights import state_digest
 from .bake import make_pictures, make_plan, number_of
 from .graph import explainer_graph, masker_graph
 from .metadata import EXPLAINER, MASKER, About, fingerprint_of
-from .networks import classifier_network, masker_network
+from .networks import classifier_network, masker_network, quantised_masker
 from .ops import OPSET
 from .parity import Parity, compare
 from .plan import Plan
@@ -186,10 +186,11 @@ class Draft:
         self, networks: tuple[onnx.ModelProto, onnx.ModelProto], pixels: np.ndarray
     ) -> tuple[onnx.ModelProto, onnx.ModelProto]:
         """Both networks in 8 bits. The classifier's ranges are seen on images and on what masks leave of them."""
-        x = pixels[:CALIBRATION].transpose(0, 3, 1, 2).astype(np.float32) / np.float32(255)
-        masked = self.torch(pixels[:CALIBRATION]).kept_images().cpu().numpy()
-        masker, classifier = networks
-        return quantised(masker, x), quantised(classifier, np.concatenate([x, masked]))
+        seen = pixels[:CALIBRATION]
+        x = seen.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(255)
+        masked = self.torch(seen).kept_images().cpu().numpy()
+        masker = quantised_masker(self.masker, seen)
+        return masker, quantised(networks[1], np.concatenate([x, masked]))
 
     def checked(
         self,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import onnx
 
-from .ops import argument, build, call, setting
-from .pictures import Pictures, masked, packed, pixels
+from .ops import argument, build, setting
+from .pictures import Pictures, masked, packed, pixels, probabilities
 from .plan import Plan
 from .stages import Stages
 
@@ -14,7 +14,7 @@ from .stages import Stages
 def masker_graph(masker: onnx.ModelProto, channels: int, threshold: float) -> onnx.ModelProto:
     """image uint8 [batch,height,width,C] → prob [batch,height,width], mask_bits, explanation (removed pixels black)."""
     image = argument(np.uint8, "batch", "height", "width", channels)
-    prob = call(masker, pixels(image)).sigmoid().squeeze(1)
+    prob = probabilities(masker, image, pixels(image)).squeeze(1)
     kept = prob > setting("minexp.threshold", np.float32(threshold))
     outputs = {"prob": prob, "mask_bits": packed(kept.reshape(0, -1))}
     outputs["explanation"] = masked(kept, image, np.zeros(channels, np.uint8))

@@ -83,6 +83,20 @@ class Value:
         """0 keeps a side, -1 takes what is left."""
         return Value(op.reshape(self.var, op.const(np.array(shape, np.int64))))
 
+    def side(self, axis: int) -> Value:
+        """Its length along an axis, [1]."""
+        return Value(op.shape(self.var, start=axis, end=axis + 1))
+
+    def resize(self, *sides: Value | int) -> Value:
+        """Interpolated linearly to these sides, given as numbers or [1]."""
+        sizes = [
+            side.var if isinstance(side, Value) else op.const(np.array([side], np.int64)) for side in sides
+        ]
+        return Value(op.resize(self.var, sizes=op.concat(sizes, axis=0), mode="linear"))
+
+    def shaped_like(self, other: Value) -> Value:
+        return Value(op.reshape(self.var, op.shape(other.var)))
+
     def unsqueeze(self, *axes: int) -> Value:
         return Value(op.unsqueeze(self.var, op.const(np.array(axes, np.int64))))
 
@@ -210,8 +224,7 @@ def set_constants(model: onnx.ModelProto, values: dict[str, Any]) -> None:
 
 def pad_columns(value: Value, multiple: int) -> Value:
     """[B,N] with zeros on the right, so that N becomes a multiple."""
-    count = Value(op.shape(value.var)).take(constant(np.array([1], np.int64)))
-    missing = (constant(np.int64(multiple)) - count % multiple) % multiple
+    missing = (constant(np.int64(multiple)) - value.side(1) % multiple) % multiple
     zero = op.const(np.zeros(3, np.int64))
     return Value(op.pad(value.var, op.concat([zero, missing.var], axis=0)))
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 
-from .ops import Value, constant, pad_columns, where
+from .ops import Value, call, constant, pad_columns, where
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +32,12 @@ def pixels(image: Value) -> Value:
     return image.transpose(0, 3, 1, 2).cast(np.float32) / 255
 
 
+def probabilities(masker: onnx.ModelProto, image: Value, x: Value) -> Value:
+    """The masker's [B,1,H,W]. Its network takes the image's bytes [B,H,W,C] where it is in 8 bits, else `pixels`."""
+    kind = masker.graph.input[0].type.tensor_type.elem_type
+    return call(masker, image if kind == onnx.TensorProto.UINT8 else x).sigmoid()
+
+
 def packed(mask: Value) -> Value:
     """Bits of masks [B,N] from the most significant on: uint8 [B, ⌈N/8⌉]."""
     bits = pad_columns(mask.cast(np.float32), 8).reshape(0, -1, 8)
@@ -41,11 +48,16 @@ def packed(mask: Value) -> Value:
 def masked(kept: Value, image: Value, colour: npt.NDArray[np.uint8]) -> Value:
     """image uint8 [B,H,W,C] with the pixels that kept, bool [B,H,W], leaves out in a colour [C].
 
-    As matrix products: ONNX Runtime is slow where the innermost side of what is chosen by differs.
+    Clipped to bounds, both the colour where it shows and all bytes elsewhere, that are chosen as planes: ONNX Runtime
+    is slow where the innermost side of what is chosen by differs, and where choices change from pixel to pixel.
     """
-    inside = kept.cast(np.float32).unsqueeze(3)
-    shown = image.cast(np.float32) * (inside @ constant(np.ones((1, len(colour)), np.float32)))
-    return (shown + (inside * -1 + 1) @ constant(colour[None].astype(np.float32))).cast(np.uint8)
+    inside, shown = kept.reshape(0, 1, -1), colour.reshape(1, -1, 1)
+
+    def bound(free: int) -> Value:
+        planes = where(inside, constant(np.full_like(shown, free)), constant(shown))
+        return planes.transpose(0, 2, 1).shaped_like(image)
+
+    return image.clip(bound(0) if colour.any() else None, bound(255))
 
 
 def area(mask: Value) -> Value:

@@ -17,14 +17,13 @@ import onnx
 
 from ..errors import RequestError
 from .parity import Parity
+from .rewrites import sizes_of_bytes
 from .runtime import Explained
 
 CALIBRATION = 64  # images are enough for the ranges of activations
 WORTHWHILE = 64  # products an output from which on a first layer is faster in 8 bits: 7×7 of colours, not 3×3
-MOST_LABELS, MOST_FLIPS = (
-    0.02,
-    0.02,
-)  # shares of images of another class, and of mask pixels, that are accepted
+# shares of images of another class, and of mask pixels, that are accepted
+MOST_LABELS, MOST_FLIPS = 0.02, 0.02
 
 
 @dataclass(frozen=True)
@@ -79,9 +78,12 @@ def share(explained: Explained, name: str) -> float:
     return float(np.mean([getattr(certificate, name) for certificate in explained.certificates]))
 
 
-def quantised(network: onnx.ModelProto, calibration: npt.NDArray[np.float32]) -> onnx.ModelProto:
-    """The network with 8-bit weights (a scale a channel) and activations, its ranges seen on images [N,C,H,W].
+def quantised(
+    network: onnx.ModelProto, calibration: npt.NDArray[np.float32], *, origin: int | None = None
+) -> onnx.ModelProto:
+    """The network with 8-bit weights (a scale a channel) and activations, its ranges seen on inputs [N,…].
 
+    origin: where given, the inputs are (byte - origin) / 255, and the quantised network takes the bytes, uint8.
     Raises RequestError when ONNX Runtime's quantiser is not there or fails.
     """
     try:
@@ -105,6 +107,9 @@ def quantised(network: onnx.ModelProto, calibration: npt.NDArray[np.float32]) ->
         onnx.save(network, plain)
         try:
             quant_pre_process(plain, ready, skip_symbolic_shape=True)
+            network = onnx.load(ready)
+            source = _first(network).input[0]
+            scales = {} if origin is None else {source: _grid(origin)}
             quantize_static(
                 ready,
                 done,
@@ -114,7 +119,8 @@ def quantised(network: onnx.ModelProto, calibration: npt.NDArray[np.float32]) ->
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
                 op_types_to_quantize=list(_QUANTISED),
-                nodes_to_exclude=_exact_layers(onnx.load(ready)),
+                nodes_to_exclude=_exact_layers(network, first=origin is None),
+                extra_options={"TensorQuantOverrides": scales},
             )
         except Exception as error:
             text = " ".join(str(error).split())[:200]
@@ -125,25 +131,52 @@ def quantised(network: onnx.ModelProto, calibration: npt.NDArray[np.float32]) ->
     standard = [opset for opset in model.opset_import if not opset.domain]
     del model.opset_import[:]  # the quantiser names domains that it does not use
     model.opset_import.extend(standard)
+    model = sizes_of_bytes(model)
+    return model if origin is None else _taking_bytes(model, source, origin)
+
+
+# the rest is faster in float than its way to 8 bits and back
+_QUANTISED = ("Conv", "Gemm", "MatMul", "Add", "Relu")
+_WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+
+
+def _first(model: onnx.ModelProto) -> onnx.NodeProto:
+    """The first layer with weights."""
+    return next(node for node in model.graph.node if node.op_type in _WEIGHTED)
+
+
+def _grid(origin: int) -> list[dict[str, Any]]:
+    """Scale and zero point of (byte - origin) / 255."""
+    return [{"scale": np.array(1 / 255, np.float32), "zero_point": np.array(origin, np.uint8)}]
+
+
+def _taking_bytes(model: onnx.ModelProto, source: str, origin: int) -> onnx.ModelProto:
+    """The model without the quantisation of ``source``: what moves values before it moves bytes as well."""
+    graph = model.graph
+    (quantise,) = (n for n in graph.node if n.op_type == "QuantizeLinear" and n.input[0] == source)
+    for node in graph.node:
+        node.input[:] = [source if name == quantise.output[0] else name for name in node.input]
+        if node.op_type == "Pad":
+            node.input[2:3] = ["origin"]
+    graph.initializer.append(onnx.numpy_helper.from_array(np.array(origin, np.uint8), "origin"))
+    graph.node.remove(quantise)
+    graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.UINT8
+    del graph.value_info[:]
     return model
 
 
-_WEIGHTED = ("Conv", "Gemm", "MatMul")
-_QUANTISED = (*_WEIGHTED, "Add", "Relu")  # the rest is faster in float than its way to 8 bits and back
-
-
-def _exact_layers(model: onnx.ModelProto) -> list[str]:
+def _exact_layers(model: onnx.ModelProto, *, first: bool) -> list[str]:
     """Names of the layers that stay in float.
 
-    The first with weights, where it has so few that it gains nothing from 8 bits, and the last with all behind it,
-    whose outputs are compared and ranked.
+    With ``first`` the first with weights, where it has so few that it gains nothing from 8 bits; and the last with all
+    behind it, whose outputs are compared and ranked.
     """
     nodes = list(model.graph.node)
     sides = {tensor.name: tensor.dims for tensor in model.graph.initializer}
     weighted = [place for place, node in enumerate(nodes) if node.op_type in _WEIGHTED]
-    first = nodes[weighted[0]]
-    few = math.prod(sides.get(first.input[1], ())[1:]) < WORTHWHILE
-    return [node.name for node in [*([first] if few else []), *nodes[weighted[-1] :]]]
+    start = nodes[weighted[0]]
+    few = first and math.prod(sides.get(start.input[1], ())[1:]) < WORTHWHILE
+    return [node.name for node in [*([start] if few else []), *nodes[weighted[-1] :]]]
 
 
 @contextlib.contextmanager

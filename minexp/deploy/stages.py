@@ -14,7 +14,7 @@ import onnx
 from ..families import FROM_IMAGE, POOL, RANDOM
 from .checks import Table, Verdict
 from .ops import Value, call, choose, concat, constant, loop, setting, where
-from .pictures import Pictures, area, draw_numbers, local_order, masked, packed, pixels
+from .pictures import Pictures, area, draw_numbers, local_order, masked, packed, pixels, probabilities
 from .plan import DEFAULT, Number, Plan
 
 # What an image waits for; a bisection is BISECT + its number.
@@ -75,7 +75,7 @@ class Stages:
         self.threshold = self.settings["minexp.threshold"]
         self.table = Table(plan, pictures)
         self.x = pixels(image)
-        self.p = call(masker, self.x).sigmoid()
+        self.p = probabilities(masker, image, self.x)
         self.start = draw_numbers(image, (len(pictures.colour), *size))
 
     def outputs(self) -> dict[str, Value]:
