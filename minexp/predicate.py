@@ -130,9 +130,7 @@ class Predicate:
             ]
             if number == early:
                 accepted, running[0] = running[0], 0.0
-                if self.clean:
-                    break
-        return float((accepted + sum(running) * (not self.clean)) ** self.repeats)
+        return float((accepted + sum(running)) ** self.repeats)
 
     def stricter(self, factor: int) -> Predicate:
         """The same predicate on that many times the draws: new sets of them or, without an early pass, a larger set."""

@@ -10,12 +10,14 @@ from deployed import draft, images, networks
 from tiny_models import one_thread  # noqa: F401
 
 from minexp.deploy import export as exporting
+from minexp.deploy.bake import make_plan
 from minexp.deploy.export import Draft
 from minexp.deploy.sealed import finished, opened
 from minexp.deploy.ties import certify_again, tied
 from minexp.errors import RequestError
 from minexp.explanation import bind
 from minexp.predicate import Predicate
+from minexp.repair import SPARING, THOROUGH, Repair
 
 
 def grid() -> np.ndarray:
@@ -125,3 +127,12 @@ def test_torch_certifies_a_given_mask_as_it_would_its_own(attempt: int) -> None:
 def _attempts(asked: Draft) -> np.ndarray:
     explainer = opened(finished(asked._graph(networks()), asked.about("float32")))
     return explainer.run(images())["attempt"]
+
+
+@pytest.mark.parametrize(
+    ("predicate", "repair", "words"),
+    [(Predicate(clean=True), SPARING, "Predicate.clean"), (Predicate(), THOROUGH, "Repair.again")],
+)
+def test_what_a_graph_cannot_ask_is_refused(predicate: Predicate, repair: Repair, words: str) -> None:
+    with pytest.raises(RequestError, match=words):
+        make_plan(predicate, "top-1 kept", repair=repair)
