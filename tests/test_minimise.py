@@ -214,12 +214,15 @@ def test_what_a_search_knows_of_its_masks_is_not_asked_again() -> None:
     classifier, x = filters(), noise_images(8)
     bound = judge(classifier).cleaner()
     label = label_of(bound, x)
-    start = threshold_masks(bound, x, label, torch.rand_like(x[:, :1]), settings=GUIDED)
+    order = torch.rand(x[:, :1].shape, generator=torch.Generator().manual_seed(0))
+    start = threshold_masks(bound, x, label, order, settings=GUIDED)
+    asked = ~start.masks.flatten(1).all(1)  # all pixels hold without being asked
+    assert asked.sum() > 4
     assert start.margins is not None and start.margins.shape == (8, bound.checks)
     fewer = minimise(bound, x, label, start, Minimisation(cell=4))
     more = minimise(bound, x, label, replace(start, margins=None), Minimisation(cell=4))
-    assert torch.equal(fewer.masks, more.masks) and fewer.margins is None
-    assert ((more.evaluations - fewer.evaluations) >= bound.early().sum()).all()
+    assert torch.equal(fewer.masks[asked], more.masks[asked]) and fewer.margins is None
+    assert ((more.evaluations - fewer.evaluations)[asked] == bound.early().sum()).all()
     other = bound.stricter(2)  # of another predicate they say nothing
     assert other.holds(x, label, minimise(other, x, label, everything(other, x)).masks).ok.all()
     assert minimise(other, x, label, replace(everything(other, x), margins=start.margins)).minimal_at.all()
