@@ -16,8 +16,8 @@ from .judge import GRADIENT, Judge, Verdict, harder
 class Repair:
     """How a masker's mask is repaired.
 
-    start: pixels of the first mask tried, as a multiple of those above 0.5; a masker's masks hold on average, and a
-    quarter more pixels spares most of them a repair. growth: of a mask that fails, each time. bisections: then, between
+    start: pixels of the first mask tried, as a multiple of those above 0.5; a masker's masks hold on average, and with
+    a quarter more pixels most of them need no repair. growth: of a mask that fails, each time. bisections: then, between
     the last size that failed and the first that held. enlarge: the least that a mask gains that fresh draws contradict.
     hints: ask the checks first that the mask before failed at. again: ask for the kept pixels' scores once more.
     early: a miss among the predicate's early draws fails a mask; asking all of them costs more than the next mask.
@@ -35,7 +35,7 @@ class Repair:
 
 
 # Level sets alone, which is what a graph without gradients can do: exported explainers.
-SPARING = Repair()
+SPARING = Repair(start=1.0, growth=1.3)
 GUIDED = Repair(start=1.0, growth=1.2, early=True, guided=True)
 REPAIRS = {"guided": GUIDED, "levels": SPARING}
 # The masker's own mask first, and the smallest size that holds.
