@@ -79,9 +79,10 @@ def refine(
         for step, p in enumerate(descend(judge, x, target, settings, start, numbers)):
             hard, last = step >= settings.objective.soft * steps, step + 1 == steps
             if settings.check and hard and not last and (step + 1) % settings.check == 0:
-                best = _keep_smaller(best, _tried(judge, x, target.decision, p))
+                tried = _tried(judge, x, target.decision, p)
+                best = tried if best is None else best.smaller(tried)
         final = threshold_masks(judge, x, target.decision, p, tighten=bool(settings.check), settings=_REPAIR)
-        best = _keep_smaller(best, final)
+        best = final if best is None else best.smaller(final)
     return replace(best, evaluations=best.evaluations + GRADIENT * steps + 1)  # one: the target's
 
 
@@ -151,19 +152,3 @@ def _tried(judge: Judge, x: Tensor, decision: Tensor, p: Tensor) -> Masks:
     verdict = judge.holds(x, decision, mask)
     level = torch.full((len(x),), 0.5, device=x.device)
     return Masks(mask, verdict.ok, level, verdict.spent, verdict.scores, torch.zeros_like(verdict.spent))
-
-
-def _keep_smaller(best: Masks | None, tried: Masks) -> Masks:
-    """Image by image the smaller of the masks that hold; evaluations add up."""
-    if best is None:
-        return tried
-    area = tried.masks.flatten(1).sum(1) < best.masks.flatten(1).sum(1)
-    better = tried.holds & (area | ~best.holds)
-    return Masks(
-        torch.where(better[:, None, None, None], tried.masks, best.masks),
-        best.holds | tried.holds,
-        torch.where(better, tried.threshold, best.threshold),
-        best.evaluations + tried.evaluations,
-        torch.where(better[:, None], tried.scores, best.scores),
-        torch.where(better, tried.minimal_at, best.minimal_at),
-    )

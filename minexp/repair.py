@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -17,9 +17,10 @@ class Repair:
     """How a masker's mask is repaired.
 
     start: pixels of the first mask tried, as a multiple of those above 0.5; a masker's masks hold on average, and with
-    a quarter more pixels most of them need no repair. growth: of a mask that fails, each time. bisections: then, between
-    the last size that failed and the first that held. enlarge: the least that a mask gains that fresh draws contradict.
-    hints: ask the checks first that the mask before failed at. again: ask for the kept pixels' scores once more.
+    a quarter more pixels most of them need no repair. growth: of a mask that fails, each time. bisections: then,
+    between the last size that failed and the first that held. enlarge: the least that a mask gains that fresh draws
+    contradict. hints: ask the checks first that the mask before failed at. again: ask for the kept pixels' scores once
+    more.
     early: a miss among the predicate's early draws fails a mask; asking all of them costs more than the next mask.
     guided: grow where the classifier's gradient, on the background that the mask failed on, says that it helps.
     """
@@ -72,16 +73,41 @@ class Masks:
 
     def put(self, index: Tensor, other: Masks) -> Masks:
         """These masks, with those numbered ``index`` taken from ``other``."""
-        columns = []
-        for mine, theirs in zip(self._columns(), other._columns(), strict=True):
-            columns.append(mine.clone())
-            columns[-1][index] = theirs
-        return Masks(*columns)
+
+        def placed(mine: Tensor, theirs: Tensor) -> Tensor:
+            column = mine.clone()
+            column[index] = theirs
+            return column
+
+        return self._merged(other, placed)
+
+    def smaller(self, other: Masks) -> Masks:
+        """Image by image the smaller of the masks that hold, of these and as many others; evaluations add up."""
+        area = other.masks.flatten(1).sum(1) < self.masks.flatten(1).sum(1)
+        better = other.holds & (area | ~self.holds)
+
+        def chosen(mine: Tensor, theirs: Tensor) -> Tensor:
+            return torch.where(better.view(-1, *[1] * (mine.dim() - 1)), theirs, mine)
+
+        best = self._merged(other, chosen)
+        return replace(best, evaluations=self.evaluations + other.evaluations)
+
+    def of(self, index: Tensor) -> Masks:
+        """Those of the images numbered ``index`` alone."""
+        return self._merged(self, lambda mine, _: mine[index])
 
     def first(self, number: int) -> Masks:
         """Those of the first images alone."""
-        margins = None if self.margins is None else self.margins[:number]
-        return replace(Masks(*(column[:number] for column in self._columns())), margins=margins)
+        return self._merged(self, lambda mine, _: mine[:number])
+
+    def _merged(self, other: Masks, merge: Callable[[Tensor, Tensor], Tensor]) -> Masks:
+        """Column by column; margins only where both know them of the same checks."""
+        columns = (merge(*pair) for pair in zip(self._columns(), other._columns(), strict=True))
+        merged = Masks(*columns)
+        mine, theirs = self.margins, other.margins
+        if mine is None or theirs is None or mine.shape[1] != theirs.shape[1]:
+            return merged
+        return replace(merged, margins=merge(mine, theirs))
 
     def _columns(self) -> list[Tensor]:
         """All but the margins, which are about one judge's predicate."""

@@ -15,12 +15,13 @@ from .masker import Masker
 from .minimise import Minimisation, minimise
 from .objective import PRESETS, Match
 from .refine import Refinement, refine
-from .repair import GUIDED, Masks, Repair, growth_order, local_order, threshold_masks
+from .repair import GUIDED, SPECK, Masks, Repair, growth_order, local_order, threshold_masks
 
 Effort = Literal["fast", "refined", "minimal"]
 EFFORTS: tuple[Effort, ...] = ("fast", "refined", "minimal")
 # Sets of the predicate's draws that have to agree. One that tries many masks finds some that suit the draws by chance.
 REPEATS = {"fast": 1, "refined": 1, "minimal": 3}
+FAR = 1.6  # times a masker's pixels: where a descent from there ends larger, it is worth another one
 
 
 def held_to(judge: Judge, effort: Effort, more: int = 0) -> Judge:
@@ -78,11 +79,22 @@ class Search:
             found = paper.optimise(self.judge, x, objective=self.published)
             self.order[index] = growth_order(found.masks)
             return found
-        numbers = torch.tensor([zlib.crc32(i.numpy().tobytes()) % 2**20 for i in x.cpu()])
-        start = None if self.masker is None else torch.logit(self.masker.probabilities(x), eps=1e-3)
-        found = refine(self.judge, x, self.refinement, start=start, numbers=numbers)
+        found = self._refine(x, _numbers(x))
         self.order[index] = growth_order(found.masks)
         return self._reduce(self.judge, x, decision, found)
+
+    def _refine(self, x: Tensor, numbers: Tensor) -> Masks:
+        """Descents from the masker's output; from keep-all as well, where that ends far from it: a wrong place."""
+        if self.masker is None:
+            return refine(self.judge, x, self.refinement, numbers=numbers)
+        p = self.masker.probabilities(x)
+        found = refine(self.judge, x, self.refinement, start=torch.logit(p, eps=1e-3), numbers=numbers)
+        pixels = (p > 0.5).flatten(1).sum(1).clamp_min(x[0, 0].numel() // SPECK)
+        far = (found.masks.flatten(1).sum(1) > FAR * pixels).nonzero().flatten()
+        if not len(far):
+            return found
+        again = refine(self.judge, x[far], self.refinement, numbers=numbers[far.cpu()])
+        return found.put(far, found.of(far).smaller(again))
 
     def _threshold(self, judge: Judge, x: Tensor, decision: Tensor, order: Tensor, p: Tensor) -> Masks:
         least = None
@@ -106,3 +118,8 @@ class Search:
         order = torch.where(masks, 1 + self.order[index], self.order[index])
         larger = threshold_masks(judge, x, decision, order, at_least=at_least, settings=self.repair)
         return judge, self._reduce(judge, x, decision, larger)
+
+
+def _numbers(x: Tensor) -> Tensor:
+    """What the backgrounds of each image of x [B,C,H,W] are drawn by: [B], its own whatever shares its batch."""
+    return torch.tensor([zlib.crc32(image.numpy().tobytes()) % 2**20 for image in x.cpu()])

@@ -24,8 +24,9 @@ from minexp.classifier import Classifier
 from minexp.judge import Judge
 from minexp.objective import Objective
 from minexp.predicate import Predicate
-from minexp.refine import COLD, WARM, Refinement, _adam, _keep_smaller, refine
+from minexp.refine import COLD, WARM, Refinement, _adam, refine
 from minexp.repair import Masks
+from minexp.search import FAR, Search, _numbers
 
 OBJECTIVE = Objective(area=4.0, dual_rate=0.1, soft=0.5)
 ROBUST = Predicate(rho=0.8)
@@ -102,11 +103,53 @@ def masks_of(sizes: list[int], holds: list[bool]) -> Masks:
 def test_the_smaller_mask_that_holds_is_kept() -> None:
     first = masks_of([5, 5, 5, 5, 5], [True, True, False, False, True])
     second = masks_of([3, 3, 9, 3, 9], [True, False, True, False, True])
-    best = _keep_smaller(_keep_smaller(None, first), second)
+    best = first.smaller(second)
     assert best.masks.flatten(1).sum(1).tolist() == [3, 5, 9, 5, 5]
     assert best.holds.tolist() == [True, True, True, False, True]
     assert best.threshold.tolist() == [3, 5, 9, 5, 5]
     assert best.evaluations.tolist() == [2] * 5
+
+
+def test_margins_stay_with_their_masks() -> None:
+    first, second = (
+        replace(masks_of([a, b], [True, True]), margins=torch.full((2, 3), float(a)))
+        for a, b in ((5, 3), (4, 6))
+    )
+    assert first.smaller(second).margins.tolist() == [[4.0] * 3, [5.0] * 3]
+    assert first.put(torch.tensor([1]), second.of(torch.tensor([0]))).margins.tolist() == [
+        [5.0] * 3,
+        [4.0] * 3,
+    ]
+    assert first.first(1).margins.shape == (1, 3)
+    other = replace(second, margins=torch.zeros(2, 4))  # of another predicate
+    assert first.smaller(other).margins is None and first.put(torch.arange(2), other).margins is None
+
+
+def test_a_descent_from_a_wrong_place_is_made_again_from_keep_all() -> None:
+    classifier, x = filters(), noise_images(8)
+    bound, logits = judge(classifier), classifier.logits(noise_images(8))
+
+    class Misplaced:
+        """Half of the images' masks are all pixels, half are a corner that decides nothing."""
+
+        def probabilities(self, x: Tensor) -> Tensor:
+            p = torch.full_like(x[:, :1], 0.99)
+            p[4:] = 0.01
+            p[4:, :, -3:, :3] = 0.99
+            return p
+
+    settings = replace(SHORT, steps=None, check=0)
+    search = Search(bound, x, logits, Misplaced(), "refined", settings)  # type: ignore[arg-type]
+    with counted(classifier) as count:
+        found = search.find()
+    assert found.holds.all() and int(found.evaluations.sum()) == count.images
+    start = torch.logit(Misplaced().probabilities(x), eps=1e-3)
+    warm = refine(bound, x, settings, start=start, numbers=_numbers(x))
+    cold = refine(bound, x, settings, numbers=_numbers(x))
+    assert torch.equal(found.masks[:4], warm.masks[:4])
+    assert (found.evaluations - warm.evaluations).tolist() == [0] * 4 + cold.evaluations[4:].tolist()
+    areas = [m.masks[4:].flatten(1).sum(1) for m in (found, warm, cold)]
+    assert (areas[1] > FAR * 9).all() and torch.equal(areas[0], torch.minimum(*areas[1:]))
 
 
 def test_adam_is_adam() -> None:
