@@ -171,7 +171,7 @@ class _Search:
         self.fatal = torch.full(present.shape, -1, device=active.device)
         if not len(active):
             return
-        self.weigh(active[present[active].sum(1) > FEW])
+        self.weigh(active[~self._told_apart(active, side)])
         rank, count = self.ranked(active, side)
         step = torch.full_like(rank, -1)  # when a cell left the draft
         hard = self.judge.early() & (
@@ -180,6 +180,14 @@ class _Search:
         self.together(active, side, rank, count, step, hard)
         self.singly(active, side, rank, step, hard)
         self.settle(active, side, step, hard)
+
+    def _told_apart(self, index: Tensor, side: int) -> Tensor:
+        """Whether the masks ``index`` [n] have few cells, and these hold more or fewer pixels, or have one: [n]."""
+        filled = F.avg_pool2d(self.masks[index].float(), side, ceil_mode=True).flatten(1)
+        present = filled > 0
+        least = filled.masked_fill(~present, torch.inf).amin(1)
+        count = present.sum(1)
+        return (count <= FEW) & ((least < filled.amax(1)) | (count == 1))
 
     def together(
         self, active: Tensor, side: int, rank: Tensor, count: Tensor, step: Tensor, hard: Tensor
@@ -303,8 +311,8 @@ class _Search:
     def weigh(self, index: Tensor) -> None:
         """Importance [B,1,H,W]: what the class loses, to first order, when a pixel of the mask goes.
 
-        Averaged over the default background and one random one, for the images ``index`` [n]; for others, whose few
-        cells are soon tried, each pixel of the mask counts alike, for nothing.
+        Averaged over the default background and one random one, for the images ``index`` [n]; for others, each pixel of
+        the mask counts alike, for nothing.
         """
         judge = self.judge
         self.importance = self.masks.to(self.x.dtype)

@@ -228,21 +228,23 @@ def test_what_a_search_knows_of_its_masks_is_not_asked_again() -> None:
     assert minimise(other, x, label, replace(everything(other, x), margins=start.margins)).minimal_at.all()
 
 
-def test_few_cells_are_tried_without_weighing_them() -> None:
-    """A gradient costs as much as trying a cell or two."""
+def test_few_cells_of_several_sizes_are_tried_without_weighing_them() -> None:
+    """A gradient costs as much as trying a cell or two; it tells cells apart that hold alike many pixels."""
     classifier, x = filters(), noise_images(3)
     bound = judge(classifier, Predicate("top1"))
     label, start = label_of(bound, x), everything(bound, x)
-    spent = []
-    original = Judge.slope
+    weighed = []
 
     class Counting(Judge):
-        def slope(self, *args: Tensor) -> Tensor:
-            spent.append(len(args[0]))
-            return original(self, *args)
+        def slope(self, x: Tensor, *others: Tensor) -> Tensor:
+            weighed.append(len(x))
+            return super().slope(x, *others)
 
     counting = Counting(classifier, bound.predicate, bound.backgrounds)
-    minimise(counting, x, label, start, Minimisation(cell=SIDE // 2))
-    assert spent == []
-    minimise(counting, x, label, start, Minimisation(cell=SIDE // 4))
-    assert spent == [3, 3]
+    uneven = start.masks.clone()
+    uneven[0, :, : SIDE // 4, : SIDE // 4] = False
+    uneven[1, :, SIDE // 2 :] = uneven[1, :, :, SIDE // 2 :] = False  # one cell
+    minimise(counting, x, label, replace(start, masks=uneven), Minimisation(cell=SIDE // 2))
+    assert weighed == [1, 1]  # the last image, on two backgrounds
+    minimise(counting, x, label, start, Minimisation(cell=SIDE // 8))
+    assert weighed[2:] == [3, 3]
