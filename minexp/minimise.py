@@ -145,9 +145,8 @@ class _Search:
             passed = index[found.ok]
             self.draft.margins[passed] = found.margins[found.ok]
             self.draft.scores[passed] = found.scores[found.ok]
-        lead = torch.ones_like(
-            index, dtype=torch.bool
-        )  # of an image's candidates, which come one after another
+        # of an image's candidates, which come one after another
+        lead = torch.ones_like(index, dtype=torch.bool)
         lead[1:] = index[1:] != index[:-1]
         self.hints[index[lead]] = harder(found.margins, hints)[lead]
         self.spent.index_add_(0, index, found.spent)
@@ -240,7 +239,7 @@ class _Search:
             hard[place] |= found.margins <= 0
             place = place[~ok]
             passes, fails = low.clone(), middle.clone()
-            while len(tried := place[(fails - passes)[place] > 1]):
+            while len(tried := place[((fails - passes)[place] > 1) & self.affordable()[active[place]]]):
                 middle[tried] = (passes[tried] + fails[tried]) // 2
                 ok = self.ask(active[tried], candidates(tried), hard[tried]).ok
                 passes[tried] = torch.where(ok, middle[tried], passes[tried])
@@ -277,11 +276,12 @@ class _Search:
                 return
             where = torch.tensor(rows, device=active.device)
             one = torch.zeros(len(rows), rank.shape[1], dtype=torch.bool, device=active.device)
-            one[torch.arange(len(rows)), torch.tensor(cells, device=active.device)] = True
-            candidates = self.masks[active[where]] & ~_spread(one, side, self.masks.shape[1:])
-            found = self.ask(active[where], candidates, first=self.fatal[active[where], torch.tensor(cells)])
+            tried = active[where], torch.tensor(cells, device=active.device)
+            one[torch.arange(len(rows), device=active.device), tried[1]] = True
+            candidates = self.masks[tried[0]] & ~_spread(one, side, self.masks.shape[1:])
+            found = self.ask(tried[0], candidates, first=self.fatal[tried])
             ok, scores = found.ok, found.scores
-            self.fatal[active[where], torch.tensor(cells)] = _failed(found)
+            self.fatal[tried] = _failed(found)
             moved: set[int] = set()
             for number, (row, cell) in enumerate(zip(rows, cells, strict=True)):
                 if row in moved:
