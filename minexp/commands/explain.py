@@ -44,7 +44,7 @@ class Explain(WithModel, WithEngine):
     match: Literal["kl", "mse", "cosine", "off"] | None = None
     """How that objective compares activations, in place of the preset's way."""
     cell: int | None = None
-    """Side of a cell in pixels; by default a quarter of the image with minimal, an eighth with --why-not, --necessary."""
+    """Side of a cell in pixels; a quarter of the image for minimal, an eighth for --why-not and --necessary."""
     max_evals: int | None = None
     """With those: classifier evaluations an image may take to be reduced; what is left then is not called minimal."""
     multiple: int = 1
